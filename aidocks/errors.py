@@ -1,0 +1,255 @@
+"""Everything that AIDocks refuses or reports, as one closed family of exceptions.
+
+Each class also inherits the built-in exception that it specialises, has a stable ``code`` (listed in
+``docs/errors.md``), the HTTP status and the process exit code that it becomes, and says whether trying again can
+help. Instances cross process boundaries (Ray workers, the job store), so they must stay picklable: to add one,
+subclass :class:`AIDocksError`, set the class attributes, and pass everything through ``__init__`` unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class AIDocksError(Exception):
+    """Root of the family.
+
+    Args:
+        message: What was wrong, in one sentence, naming what was given.
+        field: Path of the offending spec field, such as ``experts[1].source_model``.
+        value: The value that was given. Never a secret.
+        hint: What to do instead.
+    """
+
+    code: ClassVar[str] = "internal"
+    title: ClassVar[str] = "Internal error"
+    http_status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self, message: str, *, field: str | None = None, value: Any = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.value = value
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.field, self.value, self.hint)
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+    def problem(self, instance: str | None = None) -> dict[str, Any]:
+        """Return this error as RFC 9457 problem details (the one error shape of every door)."""
+        details: dict[str, Any] = {
+            "type": f"urn:aidocks:error:{self.code}",
+            "title": self.title,
+            "status": self.http_status,
+            "code": self.code,
+            "detail": self.message,
+        }
+        if self.hint:
+            details["hint"] = self.hint
+        if instance:
+            details["instance"] = instance
+        if self.field:
+            details["errors"] = [
+                {"field": self.field, "value": self.value, "message": self.message, "hint": self.hint}
+            ]
+        return details
+
+
+def _rebuild(
+    kind: type[AIDocksError], message: str, field: str | None, value: Any, hint: str | None
+) -> AIDocksError:
+    return kind(message, field=field, value=value, hint=hint)
+
+
+class InvalidSpec(AIDocksError, ValueError):
+    """A request that can never succeed as it stands."""
+
+    code = "invalid_spec"
+    title = "The request is not valid"
+    http_status = 422
+    exit_code = 3
+
+
+class PathNotAllowed(InvalidSpec):
+    """A path outside the allowed roots, or one that tries to escape them."""
+
+    code = "path_not_allowed"
+    title = "The path is outside the allowed roots"
+    http_status = 403
+
+
+class UnsafeCheckpoint(InvalidSpec):
+    """A checkpoint that could run code when loaded (pickle weights, remote code)."""
+
+    code = "unsafe_checkpoint"
+    title = "The checkpoint is not safe to load"
+
+
+class CorruptCheckpoint(InvalidSpec):
+    """A checkpoint whose files contradict each other or the safetensors format."""
+
+    code = "corrupt_checkpoint"
+    title = "The checkpoint is damaged"
+
+
+class IncompatibleModels(InvalidSpec):
+    """Models that cannot be combined: another architecture, shape or vocabulary."""
+
+    code = "incompatible_models"
+    title = "The models do not fit together"
+
+
+class NotFound(AIDocksError, LookupError):
+    """Something that was asked for by name does not exist."""
+
+    code = "not_found"
+    title = "Not found"
+    http_status = 404
+    exit_code = 4
+
+
+class UnknownModel(NotFound):
+    """A model reference that resolves to nothing."""
+
+    code = "unknown_model"
+    title = "There is no such model"
+
+
+class UnknownJob(NotFound):
+    """A job id that the store does not hold."""
+
+    code = "unknown_job"
+    title = "There is no such job"
+
+
+class Conflict(AIDocksError):
+    """The request contradicts what already exists."""
+
+    code = "conflict"
+    title = "Conflict"
+    http_status = 409
+    exit_code = 5
+
+
+class NameTaken(Conflict):
+    """The registry, or a job under way, already holds this model name."""
+
+    code = "name_taken"
+    title = "The name is taken"
+
+
+class IdempotencyMismatch(Conflict):
+    """An idempotency key that was used before with another body."""
+
+    code = "idempotency_mismatch"
+    title = "The idempotency key belongs to another request"
+
+
+class IllegalTransition(Conflict):
+    """A job cannot go from its present status to the one asked for."""
+
+    code = "illegal_transition"
+    title = "The job's status does not allow this"
+
+
+class ModelInUse(Conflict):
+    """A model that a job under way still reads cannot be deleted."""
+
+    code = "model_in_use"
+    title = "The model is in use"
+
+
+class LeaseLost(Conflict):
+    """The writer no longer owns the job: a newer supervisor has taken over."""
+
+    code = "lease_lost"
+    title = "Another supervisor owns the job"
+
+
+class InsufficientDisk(AIDocksError, OSError):
+    """The file system does not hold what the operation would write."""
+
+    code = "insufficient_disk"
+    title = "Not enough disk space"
+    http_status = 507
+    exit_code = 8
+    retryable = True
+
+
+class ServiceUnreachable(AIDocksError, ConnectionError):
+    """No AIDocks service answers at the address."""
+
+    code = "service_unreachable"
+    title = "The service does not answer"
+    http_status = 503
+    exit_code = 6
+    retryable = True
+
+
+class PortTaken(AIDocksError, OSError):
+    """Another program listens on the port that the service would use."""
+
+    code = "port_taken"
+    title = "The port is taken"
+    http_status = 503
+    exit_code = 6
+
+
+class StartupFailed(AIDocksError, RuntimeError):
+    """The embedded service did not become healthy in time."""
+
+    code = "startup_failed"
+    title = "The service did not start"
+    http_status = 503
+    exit_code = 6
+
+
+class WorkerLost(AIDocksError, RuntimeError):
+    """A worker died while it ran a unit; the unit can run again elsewhere."""
+
+    code = "worker_lost"
+    title = "A worker died"
+    retryable = True
+
+
+class JobFailed(AIDocksError, RuntimeError):
+    """A job that was waited for ended in ``failed``."""
+
+    code = "job_failed"
+    title = "The job failed"
+    exit_code = 7
+
+
+class JobCancelled(AIDocksError, RuntimeError):
+    """A job that was waited for ended in ``cancelled``."""
+
+    code = "job_cancelled"
+    title = "The job was cancelled"
+    http_status = 409
+    exit_code = 9
+
+
+class MissingExtra(AIDocksError, ImportError):
+    """A feature needs an optional part of AIDocks that is not installed."""
+
+    code = "missing_extra"
+    title = "An optional part is not installed"
+    http_status = 501
+    exit_code = 10
+
+
+class HubRefused(AIDocksError, RuntimeError):
+    """The model hub refused or cannot be reached (token, gated licence, network)."""
+
+    code = "hub_refused"
+    title = "The model hub refused"
+    http_status = 502
+    exit_code = 6
+    retryable = True

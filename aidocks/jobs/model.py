@@ -1,0 +1,103 @@
+"""Jobs as data: what a job is, which statuses it can have, and what its events say."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Status(StrEnum):
+    """The public status of a job."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
+
+
+#: Every legal change of status. A running job that is recovered stays running (its ``attempt`` grows).
+TRANSITIONS: dict[Status, frozenset[Status]] = {
+    Status.QUEUED: frozenset({Status.RUNNING, Status.FAILED, Status.CANCELLED}),
+    Status.RUNNING: frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED}),
+    Status.SUCCEEDED: frozenset(),
+    Status.FAILED: frozenset(),
+    Status.CANCELLED: frozenset(),
+}
+
+#: Who executes a job: the running service, or the process that submitted it (``--local``).
+Place = Literal["service", "local"]
+
+
+class Progress(BaseModel):
+    """How far the present stage is."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str = Field(description="Name of the stage under way.")
+    stage_number: int = Field(description="Counts the stages so far, from 1.")
+    done: int = Field(description="Units of this stage that are finished.")
+    total: int = Field(description="Units of this stage.")
+    fraction: float = Field(description="Finished share of the stage's work, 0 to 1, by unit weight.")
+    unit: str | None = Field(None, description="Label of the unit that finished last.")
+    units_per_s: float | None = Field(None, description="Finished units per second in this stage.")
+    eta_s: float | None = Field(None, description="Expected seconds until the stage ends.")
+    elapsed_s: float = Field(0.0, description="Seconds since the stage began.")
+
+
+class Job(BaseModel):
+    """One submitted spec and what became of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    operation: str
+    status: Status
+    place: Place = "service"
+    spec: dict[str, Any]
+    output_name: str | None = Field(None, description="Registry name that the job creates.")
+    progress: Progress | None = None
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = Field(None, description="Problem details (RFC 9457) of a failed job.")
+    attempt: int = Field(0, description="How often execution was begun; more than 1 after a recovery.")
+    cancel_requested: bool = False
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class EventType(StrEnum):
+    """What an event tells. ``data`` of each is described beside it."""
+
+    QUEUED = "queued"  # {}
+    STARTED = "started"  # {attempt, parallelism}
+    RECOVERED = "recovered"  # {attempt, units_done}
+    MESSAGE = "message"  # {text}
+    STAGE_STARTED = "stage_started"  # {stage, stage_number, total, already_done}
+    UNIT_STARTED = "unit_started"  # {stage, unit_id, label, worker}
+    UNIT_FINISHED = "unit_finished"  # {stage, unit_id, label, worker, seconds}
+    PROGRESS = "progress"  # a Progress
+    WORKER_LOST = "worker_lost"  # {worker, unit_id, label, reason}
+    CANCEL_REQUESTED = "cancel_requested"  # {}
+    SUCCEEDED = "succeeded"  # the result
+    FAILED = "failed"  # problem details
+    CANCELLED = "cancelled"  # {}
+
+
+class Event(BaseModel):
+    """One line of a job's append-only history; ``sequence`` counts from 1 without gaps."""
+
+    model_config = ConfigDict(frozen=True)
+
+    job_id: str
+    sequence: int
+    time: datetime
+    type: EventType
+    data: dict[str, Any] = Field(default_factory=dict)

@@ -1,0 +1,71 @@
+"""The table of operations. One line here gives an operation its endpoint, command, client method and remote function.
+
+Specs and operations are named by import string, so that listing them (for ``aidocks --help``) imports neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
+
+from aidocks.errors import NotFound
+
+if TYPE_CHECKING:
+    from aidocks.plan import Operation
+    from aidocks.specs.base import Spec
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How one operation is named and found.
+
+    Attributes:
+        name: Command and HTTP path (``byo-moe`` is ``POST /byo-moe``); with underscores, the client's method.
+        spec: Import string of the spec class.
+        operation: Import string of the operation class.
+        summary: One line for help texts and the API documentation.
+    """
+
+    name: str
+    spec: str
+    operation: str
+    summary: str
+
+    @property
+    def method(self) -> str:
+        return self.name.replace("-", "_")
+
+    def spec_type(self) -> type[Spec]:
+        return cast("type[Spec]", _load(self.spec))
+
+    def load(self) -> Operation[Any, Any]:
+        return cast("Operation[Any, Any]", _load(self.operation)())
+
+
+OPERATIONS = (
+    Registration("laser", "aidocks.specs.laser:LaserSpec", "aidocks.laser.operation:Laser",
+                 "Optimise a model: rank reduction guided by random matrix theory (LaserRMT)."),
+    Registration("byo-moe", "aidocks.specs.moe:MoESpec", "aidocks.moe.operation:BuildMoE",
+                 "Build a Mixture-of-Experts from a base model and fine-tunes of it."),
+)  # fmt: skip
+
+
+def find_operation(name: str) -> Registration:
+    """Return the registration called ``name`` (either spelling, ``byo-moe`` or ``byo_moe``).
+
+    Raises:
+        NotFound: Listing the operations that there are.
+    """
+    for registration in OPERATIONS:
+        if name in (registration.name, registration.method):
+            return registration
+    known = ", ".join(registration.name for registration in OPERATIONS)
+    raise NotFound(f"There is no operation {name!r}.", hint=f"Known: {known}.")
+
+
+@cache
+def _load(dotted: str) -> Any:
+    module, _, name = dotted.partition(":")
+    return getattr(import_module(module), name)

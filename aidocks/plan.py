@@ -1,0 +1,174 @@
+"""Operations as plans of units: the language in which all work is written, once, for every executor.
+
+An :class:`Operation` turns a spec into a *plan*: a generator that yields :class:`Stage` after :class:`Stage`, each a
+tuple of independent :class:`Unit`, receives their results in the same order, and returns the operation's result.
+The generator is deterministic and light (it reads headers, never weights); all heavy work is in the units. An
+executor journals every finished unit under its content-derived id, so after a crash it runs the same generator again
+and answers from the journal what was done before: at-least-once execution, exactly-once effect.
+
+Nothing here knows of Ray, HTTP or jobs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from aidocks.specs.base import OperationResult, Spec
+
+if TYPE_CHECKING:
+    from aidocks.models.registry import Registry
+    from aidocks.models.resolve import ModelResolver
+
+UnitResultT = TypeVar("UnitResultT", bound=BaseModel)
+SpecT = TypeVar("SpecT", bound=Spec)
+ResultT = TypeVar("ResultT", bound=OperationResult)
+
+
+class OutputFile(BaseModel):
+    """A file that a unit wrote, so that a resumed job can tell whether it is still the same file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    bytes: int
+    sha256: str
+
+
+class WorkerCache:
+    """What a worker keeps between units (a loaded model, tokenised texts): a small least-recently-used store."""
+
+    def __init__(self, entries: int = 4) -> None:
+        self._entries = entries
+        self._values: OrderedDict[str, Any] = OrderedDict()
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return the value under ``key``, making (and keeping) it when it is not there."""
+        if key not in self._values:
+            while len(self._values) >= self._entries:
+                self._values.popitem(last=False)
+            self._values[key] = make()
+        self._values.move_to_end(key)
+        return self._values[key]
+
+
+@dataclass(frozen=True)
+class UnitContext:
+    """What a unit may use of the place where it runs.
+
+    Attributes:
+        workspace: The job's directory on storage that all workers share.
+        device: A torch device string, such as ``cpu`` or ``cuda:0``.
+        threads: Threads that this worker may use for linear algebra.
+        cache: Objects kept on this worker between units.
+    """
+
+    workspace: Path
+    device: str = "cpu"
+    threads: int = 1
+    cache: WorkerCache = field(default_factory=WorkerCache)
+
+
+class Unit(BaseModel, ABC, Generic[UnitResultT]):
+    """One independent, idempotent piece of work: a frozen value that knows how to run itself.
+
+    Fields are the unit's whole input (small, JSON-able; weights are named, not carried). ``run`` may be executed more
+    than once and must have the effect of one execution: files are written aside and renamed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    result_type: ClassVar[type[BaseModel]]
+    #: Raise when the meaning of the same fields changes, so that old journal entries no longer match.
+    version: ClassVar[int] = 1
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What people read in progress lines, such as ``model.layers.3.mlp.up_proj.weight``."""
+
+    @property
+    def weight(self) -> float:
+        """Share of the stage's work, in any unit that is the same across the stage (bytes, tokens, flops)."""
+        return 1.0
+
+    @property
+    def unit_id(self) -> str:
+        """Content address: equal for equal work, whatever job, process or machine asks."""
+        kind = f"{type(self).__module__}.{type(self).__qualname__}/{type(self).version}"
+        body = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(f"{kind}\n{body}".encode()).hexdigest()[:32]
+
+    @abstractmethod
+    def run(self, context: UnitContext) -> UnitResultT:
+        """Do the work and return its small result."""
+
+    def outputs(self, result: UnitResultT) -> Sequence[OutputFile]:
+        """Return the files that ``result`` stands for; a journalled unit runs again when one is missing or differs."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Independent units that may run at the same time, in any order, anywhere."""
+
+    name: str
+    units: tuple[Unit[Any], ...]
+
+
+#: Yields stages, receives the list of their results (same order as the units), returns the operation's result.
+Plan = Generator[Stage, list[Any], ResultT]
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What a plan may use: the registry, the way from reference to path, and the job's own directory.
+
+    Attributes:
+        job_id: Id of the job that this plan works for; outputs carry it, so publication is idempotent.
+        workspace: The job's directory; ``workspace / "model"`` is where an operation stages its output.
+        parallelism: Units that can run at the same time. Results must not depend on it.
+        say: Records one line for people in the job's events.
+    """
+
+    job_id: str
+    workspace: Path
+    registry: Registry
+    resolver: ModelResolver
+    cache_dir: Path
+    parallelism: int = 1
+    say: Callable[[str], None] = lambda _: None
+
+
+class Operation(ABC, Generic[SpecT, ResultT]):
+    """What AIDocks can do to models. Subclasses are stateless; registered in ``aidocks.operations``."""
+
+    spec_type: ClassVar[type[Spec]]
+    result_type: ClassVar[type[OperationResult]]
+
+    def output_name(self, spec: SpecT, job_id: str) -> str | None:
+        """Return the registry name that the job will create (reserved at submission), or None."""
+        return None
+
+    def inputs(self, spec: SpecT) -> dict[str, str]:
+        """Return field path -> model reference of every model that the spec names."""
+        return {}
+
+    def preflight(self, spec: SpecT, context: PlanContext) -> None:
+        """Refuse, before any work, what cannot succeed. Reads headers and configs only; must not import torch.
+
+        Raises:
+            AIDocksError: Naming the field, the value and what would be right.
+        """
+
+    @abstractmethod
+    def plan(self, spec: SpecT, context: PlanContext) -> Plan[ResultT]:
+        """Return the generator described at the top of this module."""
