@@ -1,0 +1,205 @@
+"""Files that appear whole or not at all: written aside, synced, renamed, and their directory synced."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from aidocks.checkpoints.space import format_bytes
+from aidocks.errors import CorruptCheckpoint, InsufficientDisk
+from aidocks.plan import OutputFile
+
+#: In the name of every file that is not complete yet.
+UNFINISHED = ".tmp-"
+_CHUNK_BYTES = 8 << 20
+# What copy_file_range says between file systems, on old kernels, and on file systems that lack it.
+_CANNOT_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+_CANNOT_PREALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class StagedFile:
+    """A file of known size, filled at any offsets under another name until it is complete.
+
+    Args:
+        path: Its final path. The directory is made when it does not exist.
+        size: In bytes.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path = path.absolute()
+        self._aside = unfinished(self._path)
+        self._size = size
+        self._descriptor: int | None = None
+
+    def create(self) -> None:
+        """Reserve the whole size on disk.
+
+        Raises:
+            InsufficientDisk: When it does not fit.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self._aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            with self._explaining_full_disk():
+                preallocate(self._descriptor, self._size)
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, offset: int, content: bytes | memoryview) -> None:
+        """Store ``content`` at a byte offset."""
+        with self._explaining_full_disk():
+            write_all(self._open, content, offset)
+
+    def copy(self, offset: int, source: Path, begin: int, count: int) -> None:
+        """Store ``count`` bytes of another file, from its byte ``begin`` on, at a byte offset."""
+        with self._explaining_full_disk(), source.open("rb", buffering=0) as stream:
+            copied = copy_range(stream.fileno(), begin, self._open, offset, count)
+        if copied != count:
+            raise CorruptCheckpoint(
+                f"{source.name} ended after {copied} of the {count} bytes expected from byte {begin} on.",
+                hint="Something shortened the file while it was being read; restore it and try again.",
+            )
+
+    def publish(self) -> OutputFile:
+        """Bring the file to its place, durably, and describe it."""
+        os.fsync(self._open)
+        with open(self._open, "rb", buffering=0, closefd=False) as stream:
+            digest = hash_stream(stream)
+        os.replace(self._aside, self._path)
+        sync_directory(self._path.parent)
+        return OutputFile(path=self._path, bytes=self._size, sha256=digest)
+
+    def discard(self) -> None:
+        """Close, and remove what was not published."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        self._aside.unlink(missing_ok=True)
+
+    @property
+    def _open(self) -> int:
+        assert self._descriptor is not None, "the file is written between create and discard"
+        return self._descriptor
+
+    @contextlib.contextmanager
+    def _explaining_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise InsufficientDisk(
+                f"The disk is full: {self._path} needs {format_bytes(self._size)}.",
+                value=self._size,
+                hint="Free some space, or put the data directory on a larger disk (AIDOCKS_HOME).",
+            ) from error
+
+
+def unfinished(path: Path) -> Path:
+    """Return a name beside ``path``, unused so far, under which it can be written."""
+    return path.with_name(f"{path.name}{UNFINISHED}{uuid.uuid4().hex[:12]}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it appears whole or not at all, and survives a power cut."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file so that it appears whole or not at all, and survives a power cut."""
+    staged = StagedFile(path, len(content))
+    staged.create()
+    try:
+        staged.write(0, content)
+        staged.publish()
+    finally:
+        staged.discard()
+
+
+def copy_file(source: Path, target: Path) -> OutputFile:
+    """Copy a file so that it appears whole or not at all."""
+    size = source.stat().st_size
+    staged = StagedFile(target, size)
+    staged.create()
+    try:
+        staged.copy(0, source, 0, size)
+        return staged.publish()
+    finally:
+        staged.discard()
+
+
+def preallocate(descriptor: int, size: int) -> None:
+    """Give a file its size, with its blocks reserved where the file system can do so."""
+    if size == 0:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in _CANNOT_PREALLOCATE:
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+    """Write all of ``content`` at ``offset``; one call of the system writes 2 GiB at most."""
+    rest = memoryview(content).cast("B")
+    while rest:
+        written = os.pwrite(descriptor, rest, offset)
+        rest = rest[written:]
+        offset += written
+
+
+def copy_range(source: int, begin: int, target: int, offset: int, count: int) -> int:
+    """Copy ``count`` bytes between two open files; return how many there were to copy."""
+    copied = 0
+    in_kernel = hasattr(os, "copy_file_range")
+    while copied < count:
+        if in_kernel:
+            try:
+                moved = os.copy_file_range(source, target, count - copied, begin + copied, offset + copied)
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY_IN_KERNEL:
+                    raise
+                in_kernel = False
+                continue
+        else:
+            chunk = os.pread(source, min(_CHUNK_BYTES, count - copied), begin + copied)
+            write_all(target, chunk, offset + copied)
+            moved = len(chunk)
+        if moved == 0:
+            break
+        copied += moved
+    return copied
+
+
+def hash_stream(stream: BinaryIO | object) -> str:
+    """Return the SHA-256 of a file that was opened for reading, from its first byte."""
+    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb", buffering=0) as stream:
+        return hash_stream(stream)
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Bring a directory's entries to the disk: without it, a rename can be forgotten by a power cut."""
+    sync_file(path)

@@ -1,0 +1,85 @@
+"""Exact hashes of large files, computed once per content: kept by path, size and time of change."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from aidocks.checkpoints.files import hash_file, write_text
+
+_FILE = "file-hashes.json"
+# A file changed within this time might change again within the clock's granularity, unseen.
+_SETTLED_NS = 2_000_000_000
+_MAX_KEPT = 10_000
+
+
+class FileHashes:
+    """SHA-256 of files, remembered in a small JSON file that may be deleted at any time.
+
+    Args:
+        cache_dir: Directory of that file; made when it does not exist.
+    """
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._store = cache_dir / _FILE
+
+    def compute(self, paths: Sequence[Path]) -> dict[str, str]:
+        """Return file name -> SHA-256, reading only what has changed since it was last asked for."""
+        known = self._load()
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            results = list(pool.map(lambda path: _hash_unless_known(path, known), paths))
+        fresh = {key: row for _, key, row in results if row is not None}
+        if fresh:
+            self._keep(fresh)
+        return {path.name: digest for path, (digest, _, _) in zip(paths, results, strict=True)}
+
+    def remember(self, digests: Mapping[Path, str]) -> None:
+        """Note hashes that are known from writing the files, which nobody will change."""
+        self._keep({_key(path): [*_stamp(path), digest] for path, digest in digests.items()})
+
+    def _load(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            rows = json.loads(self._store.read_text())
+            if isinstance(rows, dict):
+                return rows
+        return {}
+
+    def _keep(self, rows: Mapping[str, list[Any]]) -> None:
+        # Two processes may overwrite each other's rows; what is lost is computed again.
+        merged = {**self._load(), **rows}
+        if len(merged) > _MAX_KEPT:
+            merged = {key: row for key, row in merged.items() if os.path.exists(key)}
+        with contextlib.suppress(OSError):
+            write_text(self._store, json.dumps(merged))
+
+
+def combine_hashes(digests: Mapping[str, str]) -> str:
+    """Return one hash for a set of named files."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _hash_unless_known(path: Path, known: Mapping[str, Any]) -> tuple[str, str, list[Any] | None]:
+    key, stamp = _key(path), _stamp(path)
+    row = known.get(key)
+    if isinstance(row, list) and row[:2] == stamp and len(row) == 3:
+        return str(row[2]), key, None
+    digest = hash_file(path)
+    settled = stamp == _stamp(path) and time.time_ns() - stamp[1] > _SETTLED_NS
+    return digest, key, [*stamp, digest] if settled else None
+
+
+def _key(path: Path) -> str:
+    return os.path.realpath(path)
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]

@@ -1,0 +1,181 @@
+"""Which files of a directory in Hugging Face layout are what: weights, configuration, what travels along."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from aidocks.checkpoints.header import TensorEntry, read_header
+from aidocks.checkpoints.writer import INDEX_FILE, SINGLE_FILE
+from aidocks.errors import CorruptCheckpoint, UnknownModel, UnsafeCheckpoint
+
+CONFIG_FILE = "config.json"
+_MAX_JSON_BYTES = 256 << 20
+#: Formats that are, or may hold, Python pickles: loading one can run code.
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_TRAVELS = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
+_LICENCES = ("license", "licence", "notice", "use_policy")
+# What describes the parent's training or this installation's bookkeeping, not the model's use.
+_STAYS = frozenset(
+    {
+        CONFIG_FILE,
+        INDEX_FILE,
+        "aidocks.json",
+        "adapter_config.json",
+        "all_results.json",
+        "eval_results.json",
+        "pytorch_model.bin.index.json",
+        "train_results.json",
+        "trainer_state.json",
+        "requirements.txt",
+    }
+)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return config.json.
+
+    Raises:
+        CorruptCheckpoint: When it is missing or not a JSON object.
+        UnsafeCheckpoint: When the model consists of code that the checkpoint brings along.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise CorruptCheckpoint(
+            f"{directory.name} holds weights but no {CONFIG_FILE}.",
+            hint="Copy the configuration beside the weights; it says which architecture they belong to.",
+        )
+    config = read_json_object(path)
+    if config.get("auto_map") and not _is_native(config.get("model_type")):
+        raise UnsafeCheckpoint(
+            f"{directory.name} needs Python code of its own (auto_map in {CONFIG_FILE}), and "
+            f"transformers has no model type {config.get('model_type')!r}.",
+            hint="AIDocks never runs code from a checkpoint; use a model that transformers supports itself.",
+        )
+    return config
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return a JSON file whose top level is an object.
+
+    Raises:
+        CorruptCheckpoint: Naming the file and what is wrong with it.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path.name} of {path.parent.name} cannot be read: {error}.") from error
+    if not isinstance(document, dict):
+        raise CorruptCheckpoint(f"{path.name} of {path.parent.name} is not a JSON object.")
+    return document
+
+
+def read_entries(directory: Path) -> dict[str, TensorEntry]:
+    """Return every tensor of the checkpoint: file after file, in the order of their data.
+
+    Raises:
+        UnknownModel: When there are no weights.
+        UnsafeCheckpoint: When there are weights, but only in pickle formats.
+        CorruptCheckpoint: When the files contradict each other or the format.
+    """
+    if (directory / SINGLE_FILE).is_file():
+        return read_header(directory / SINGLE_FILE)[0]
+    if (directory / INDEX_FILE).is_file():
+        return _read_sharded(directory)
+    raise _no_weights(directory)
+
+
+def weights_present(directory: Path) -> bool:
+    """Tell whether every file of the weights is there, without reading any of them."""
+    if not (directory / CONFIG_FILE).is_file():
+        return False
+    if (directory / SINGLE_FILE).is_file():
+        return True
+    try:
+        weight_map = read_json_object(directory / INDEX_FILE).get("weight_map")
+    except CorruptCheckpoint:
+        return False
+    shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    return bool(shards) and all(isinstance(name, str) and (directory / name).is_file() for name in shards)
+
+
+def metadata_files(directory: Path) -> list[Path]:
+    """Return what belongs beside new weights of the same model: tokenizer, template, licence and the like."""
+    return sorted(path for path in directory.iterdir() if _travels(path.name) and path.is_file())
+
+
+def _travels(name: str) -> bool:
+    if name.startswith(".") or name in _STAYS or name.endswith(".index.json"):
+        return False
+    return Path(name).suffix in _TRAVELS or name.lower().startswith(_LICENCES)
+
+
+def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
+    weight_map = read_json_object(directory / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _broken_index(directory, "it has no weight_map")
+    shards = dict.fromkeys(weight_map.values())
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards:
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0.][^/\\\0]{0,249}\.safetensors", shard):
+            raise _broken_index(directory, f"{str(shard)[:120]!r} is not the name of a weight file beside it")
+        if not (directory / shard).is_file():
+            raise _broken_index(directory, f"the weight file {shard} that it names is missing")
+        found = read_header(directory / shard)[0]
+        for name, entry in found.items():
+            if weight_map.get(name) != shard:
+                raise _broken_index(
+                    directory, f"{shard} holds the tensor {name[:200]}, which it does not place there"
+                )
+            entries[name] = entry
+    missing = next((name for name in weight_map if name not in entries), None)
+    if missing is not None:
+        raise _broken_index(directory, f"{weight_map[missing]} does not hold the tensor {missing[:200]}")
+    return entries
+
+
+def _broken_index(directory: Path, flaw: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(
+        f"The weights of {directory.name} are incomplete or contradict {INDEX_FILE}: {flaw}.",
+        hint="Download or copy the whole checkpoint again.",
+    )
+
+
+def _no_weights(directory: Path) -> Exception:
+    names = sorted(path.name for path in directory.iterdir())
+    if "adapter_config.json" in names:
+        return UnknownModel(
+            f"{directory.name} is an adapter, not a whole model.", hint="Merge it into its base model first."
+        )
+    pickles = [name for name in names if Path(name).suffix in _PICKLES]
+    if pickles:
+        return UnsafeCheckpoint(
+            f"{directory.name} has weights only as {pickles[0]}, a format that can run code when loaded.",
+            hint="Convert it to safetensors on a machine that may run that code, "
+            "or take a revision that has model.safetensors.",
+        )
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        return UnknownModel(
+            f"{directory.name} has weights only as {ggufs[0]}.",
+            hint="Import the GGUF file: aidocks models import.",
+        )
+    return UnknownModel(
+        f"{directory.name} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}.",
+        hint="Name a directory in Hugging Face layout with safetensors weights.",
+    )
+
+
+def _is_native(model_type: object) -> bool:
+    """Tell whether transformers itself has this model type, without importing it."""
+    if not isinstance(model_type, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", model_type):
+        return False
+    package = find_spec("transformers")
+    roots = package.submodule_search_locations if package else None
+    folder = model_type.replace("-", "_")
+    return any((Path(root) / "models" / folder).is_dir() for root in roots or ())

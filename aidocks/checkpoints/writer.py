@@ -1,0 +1,194 @@
+"""Writing checkpoints shard by shard: planned, preallocated, filled in any order, renamed when complete."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from aidocks.checkpoints.dtypes import DTYPE_BITS, from_torch
+from aidocks.checkpoints.files import StagedFile, write_text
+from aidocks.checkpoints.header import TensorEntry, build_header
+from aidocks.errors import InvalidSpec
+from aidocks.plan import OutputFile
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_METADATA = {"format": "pt"}
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+
+
+class TensorPlan(BaseModel):
+    """One tensor that is to be written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    dtype: str = Field(description="Element type in safetensors' spelling, such as BF16.")
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+class ShardPlan(BaseModel):
+    """One weight file that is to be written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file_name: str
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, without the header."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def plan_shards(tensors: Sequence[TensorPlan], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+    """Divide tensors, in the order given, over files of at most ``max_shard_bytes``.
+
+    A tensor that is larger than that has a file of its own. File names are those of transformers.
+    """
+    assert tensors, "a checkpoint has tensors"
+    assert len({tensor.name for tensor in tensors}) == len(tensors), "every tensor is planned once"
+    groups: list[list[TensorPlan]] = [[]]
+    room = max_shard_bytes
+    for tensor in tensors:
+        if groups[-1] and tensor.nbytes > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(groups) == 1:
+        return (ShardPlan(file_name=SINGLE_FILE, tensors=tuple(groups[0])),)
+    return tuple(
+        ShardPlan(file_name=f"model-{number:05d}-of-{len(groups):05d}.safetensors", tensors=tuple(group))
+        for number, group in enumerate(groups, 1)
+    )
+
+
+class ShardWriter:
+    """Writes one weight file: a context manager whose file appears, complete, on a clean exit only.
+
+    Tensors may be written in any order, each exactly once. The layout follows the plan's order, wider element
+    types first, so that every tensor is aligned.
+
+    Args:
+        directory: Where the file will be; made when it does not exist.
+        plan: What the file will hold.
+        metadata: Text for the header's ``__metadata__``.
+    """
+
+    def __init__(self, directory: Path, plan: ShardPlan, metadata: Mapping[str, str] = _METADATA) -> None:
+        self._plans = {tensor.name: tensor for tensor in plan.tensors}
+        assert len(self._plans) == len(plan.tensors), "every tensor is planned once"
+        self._missing = dict.fromkeys(self._plans)
+        layout: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        position = 0
+        for tensor in sorted(plan.tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype]):
+            layout[tensor.name] = (tensor.dtype, tensor.shape, position, position + tensor.nbytes)
+            position += tensor.nbytes
+        self._header = build_header(layout, metadata)
+        self._begins = {name: len(self._header) + begin for name, (_, _, begin, _) in layout.items()}
+        self._file = StagedFile(directory / plan.file_name, len(self._header) + position)
+        self._output: OutputFile | None = None
+
+    @property
+    def output(self) -> OutputFile:
+        """The finished file; only after a clean exit."""
+        assert self._output is not None, "the file is described once it is complete"
+        return self._output
+
+    def __enter__(self) -> ShardWriter:
+        self._file.create()
+        try:
+            self._file.write(0, self._header)
+        except BaseException:
+            self._file.discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                assert not self._missing, f"never written: {', '.join(self._missing)}"
+                self._output = self._file.publish()
+        finally:
+            self._file.discard()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Store a tensor, which must have the planned type and shape. Any device, any strides."""
+        import torch
+
+        self._begin_tensor(name, from_torch(tensor.dtype), tuple(tensor.shape))
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            self._file.write(self._begins[name], flat.view(torch.uint8).numpy().data)
+        del self._missing[name]
+
+    def copy(self, name: str, entry: TensorEntry) -> None:
+        """Copy a stored tensor's bytes as they are, inside the kernel where it can.
+
+        Raises:
+            CorruptCheckpoint: When the source has become shorter since its header was read.
+        """
+        self._begin_tensor(name, entry.dtype, entry.shape)
+        self._file.copy(self._begins[name], entry.file, entry.begin, entry.nbytes)
+        del self._missing[name]
+
+    def _begin_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        assert name in self._plans, f"{name} was not planned for this file"
+        assert name in self._missing, f"{name} was written before"
+        plan = self._plans[name]
+        assert (dtype, shape) == (plan.dtype, plan.shape), (
+            f"{name} is {dtype} {list(shape)}, planned as {plan.dtype} {list(plan.shape)}"
+        )
+
+
+def write_index(directory: Path, shards: Sequence[ShardPlan]) -> None:
+    """Write ``model.safetensors.index.json`` when there is more than one weight file."""
+    if len(shards) == 1:
+        return
+    weight_map = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}
+    index = {
+        "metadata": {
+            "total_parameters": sum(prod(tensor.shape) for shard in shards for tensor in shard.tensors),
+            "total_size": sum(shard.nbytes for shard in shards),
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_text(directory / INDEX_FILE, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+
+
+def parse_size(text: str | int) -> int:
+    """Return the bytes that ``"5GB"``, ``"1.5 GB"``, ``"512MiB"`` or a number stand for; GB is 10^9 bytes.
+
+    Raises:
+        InvalidSpec: Naming the value.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]{0,3})", str(text).strip())
+    factor = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * factor) if match and factor else 0
+    if size <= 0:
+        raise InvalidSpec(
+            f"{text!r} is not a size of a weight file.",
+            field="max_shard_size",
+            value=text,
+            hint="Write a number and a unit, such as 500MB or 5GB.",
+        )
+    return size
