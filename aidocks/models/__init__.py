@@ -1,0 +1,1 @@
+"""Models by name: references, the registry with its manifests and cards, the hub."""

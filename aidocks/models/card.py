@@ -1,0 +1,171 @@
+"""Model cards: README.md with the front matter that hubs and libraries read, made from the manifest alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aidocks.checkpoints.space import format_bytes
+from aidocks.models.manifest import Manifest, Parent
+
+CARD_FILE = "README.md"
+_MAX_CARD_BYTES = 4 << 20
+
+
+def card(manifest: Manifest) -> str:
+    """Return the model card of a manifest."""
+    parts = [
+        f"---\n{_dump(_front_matter(manifest))}---",
+        f"# {manifest.name}",
+        _summary(manifest),
+        _pictures(manifest),
+        _metrics(manifest.metrics),
+        _parents(manifest),
+        f"## How it was made\n\n`{manifest.operation}` with AIDocks {manifest.code_version}:\n\n"
+        + _fenced("yaml", _dump(_public(manifest.spec, manifest.parents))),
+        _usage(manifest),
+    ]
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def read_license(directory: Path) -> str | None:
+    """Return the licence that a model's card declares in its front matter, if there is one."""
+    front_matter = read_front_matter(directory)
+    declared = front_matter.get("license")
+    return declared if isinstance(declared, str) and len(declared) <= 64 else None
+
+
+def read_front_matter(directory: Path) -> dict[str, Any]:
+    """Return the YAML at the top of a model's card; empty when there is none that can be read."""
+    try:
+        with (directory / CARD_FILE).open("rb") as stream:
+            text = stream.read(_MAX_CARD_BYTES).decode("utf-8", "replace")
+        match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+        found = yaml.safe_load(match[1]) if match else None
+    except (OSError, yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _front_matter(manifest: Manifest) -> dict[str, Any]:
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["aidocks", manifest.operation]}
+    if manifest.parents and manifest.operation != "import":
+        bases = (_public_name(parent).partition("@")[0] for parent in manifest.parents)
+        front["base_model"] = list(dict.fromkeys(bases))
+    licences = {parent.license for parent in manifest.parents if parent.license}
+    if licences:
+        # Parents under different licences: their terms all apply, and no single identifier says so.
+        front["license"] = licences.pop() if len(licences) == 1 else "other"
+    if _is_causal(manifest):
+        front["pipeline_tag"] = "text-generation"
+    return front
+
+
+def _summary(manifest: Manifest) -> str:
+    rows = [
+        ("Architecture", manifest.architecture),
+        ("Parameters", f"{manifest.parameters:,}" if manifest.parameters else None),
+        ("Type", manifest.dtype),
+        ("Size", format_bytes(manifest.bytes) if manifest.bytes else None),
+        ("Made", manifest.created_at.strftime("%Y-%m-%d %H:%M %Z").strip()),
+    ]
+    return "\n".join(f"- {title}: {_escape(str(value))}" for title, value in rows if value)
+
+
+def _pictures(manifest: Manifest) -> str:
+    pictures = [f.path for f in manifest.files if re.fullmatch(r"report/[\w.-]+\.png", f.path)]
+    return "\n\n".join(
+        f"![{Path(p).stem.replace('_', ' ').replace('-', ' ')}]({p})" for p in sorted(pictures)
+    )
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    rows = [f"| {_escape(name)} | {_escape(_number(value))} |" for name, value in _scalars(metrics)]
+    return "\n".join(["## Measured", "", "| metric | value |", "|---|---|", *rows]) if rows else ""
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{name}.")
+        elif isinstance(value, bool | int | float | str) and name not in ("model", "path"):
+            yield name, value
+        elif isinstance(value, list | tuple):
+            yield f"{name} (count)", len(value)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _parents(manifest: Manifest) -> str:
+    rows = [
+        f"| `{_code(parent.field)}` | {_escape(_public_name(parent))} "
+        f"| {_escape(parent.license or '')} | `{parent.content_hash[:16]}` |"
+        for parent in manifest.parents
+    ]
+    head = ["## Made of", "", "| as | model | licence | content (SHA-256) |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows]) if rows else ""
+
+
+def _usage(manifest: Manifest) -> str:
+    kind = "AutoModelForCausalLM" if _is_causal(manifest) else "AutoModel"
+    code = (
+        f"from transformers import AutoTokenizer, {kind}\n\n"
+        f'path = "{manifest.name}"  # this directory, or the model\'s id on a hub\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(path)\n"
+        f'model = {kind}.from_pretrained(path, dtype="auto")\n'
+    )
+    if _is_causal(manifest):
+        code += (
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n"
+        )
+    return f"## How to load it\n\n{_fenced('python', code)}"
+
+
+def _is_causal(manifest: Manifest) -> bool:
+    return (manifest.architecture or "").endswith("ForCausalLM")
+
+
+def _public_name(parent: Parent) -> str:
+    return parent.path_name if parent.reference.startswith(("/", ".", "~")) else parent.reference
+
+
+def _public(value: Any, parents: tuple[Parent, ...]) -> Any:
+    """Replace references that are paths by the directory's name: cards are made to be published."""
+    names = {parent.reference: _public_name(parent) for parent in parents}
+    if isinstance(value, Mapping):
+        return {key: _public(item, parents) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_public(item, parents) for item in value]
+    if isinstance(value, str):
+        return names.get(value, Path(value).name if value.startswith(("/", "~")) else value)
+    return value
+
+
+def _dump(value: Any) -> str:
+    text: str = yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, allow_unicode=True, width=110)
+    return text
+
+
+def _fenced(language: str, text: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _escape(text: str) -> str:
+    """Keep a value from becoming markup in a table or a list."""
+    flat = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", flat)
+
+
+def _code(text: str) -> str:
+    return text.replace("`", "'").replace("|", "/")

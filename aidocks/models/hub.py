@@ -1,0 +1,241 @@
+"""The model hub: downloading a model's safe files, uploading a model that was made here.
+
+The token comes from the environment (``HF_TOKEN``) or from the hub library's own store, on the machine that
+talks to the hub, at the moment it does: it is never part of a spec, a unit, an event or a log line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from aidocks.checkpoints.files import UNFINISHED
+from aidocks.errors import HubRefused, UnknownModel, UnsafeCheckpoint
+from aidocks.models.manifest import MANIFEST_FILE
+from aidocks.models.resolve import parse_hub_id
+from aidocks.plan import Unit, UnitContext
+
+_SAFE_FILES = [
+    "*.safetensors",
+    "*.json",
+    "tokenizer.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "README.md",
+    "LICENSE*",
+]
+# Copies of the same weights in other layouts.
+_DUPLICATES = ["*/*", "consolidated*.safetensors"]
+_GET_ACCESS = "Create a token in your account's settings on the hub, and set HF_TOKEN where the service runs."
+
+
+class FetchedModel(BaseModel):
+    """A hub model that is on this machine now."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reference: str
+    path: Path
+    revision: str = Field(description="Commit that was downloaded.")
+
+
+class PublishedModel(BaseModel):
+    """A model that was uploaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    repo_id: str
+    url: str
+
+
+class FetchModel(Unit[FetchedModel]):
+    """Download one hub model into the hub library's cache, which all workers of this machine share."""
+
+    result_type: ClassVar[type[BaseModel]] = FetchedModel
+
+    reference: str = Field(description="org/name[@revision]")
+
+    @property
+    def label(self) -> str:
+        return self.reference
+
+    def run(self, context: UnitContext) -> FetchedModel:
+        path = fetch(self.reference, find_token())
+        return FetchedModel(reference=self.reference, path=path, revision=path.name)
+
+
+class PublishToHub(Unit[PublishedModel]):
+    """Upload one model directory. Running it again uploads only what differs."""
+
+    result_type: ClassVar[type[BaseModel]] = PublishedModel
+
+    directory: Path = Field(description="Directory of the model, such as the registry's.")
+    repo_id: str = Field(description="{trainer}/{name}")
+    private: bool = Field(True, description="Make the repository private if it does not exist yet.")
+
+    @property
+    def label(self) -> str:
+        return self.repo_id
+
+    def run(self, context: UnitContext) -> PublishedModel:
+        token = require_token()
+        return publish(self.directory, self.repo_id, token=token, private=self.private)
+
+
+def find_token() -> str | None:
+    """Return the token of this machine, if it has one."""
+    from huggingface_hub import get_token
+
+    token: str | None = get_token()
+    return token
+
+
+def require_token() -> str:
+    """Return the token of this machine.
+
+    Raises:
+        HubRefused: There is none; says how to provide one.
+    """
+    token = find_token()
+    if token is None:
+        raise HubRefused(
+            "Uploading to the model hub needs a token, and there is none.", field="publish", hint=_GET_ACCESS
+        )
+    return token
+
+
+def fetch(reference: str, token: str | None) -> Path:
+    """Download a model's weights (safetensors only), configuration and tokenizer; return its directory.
+
+    Args:
+        reference: ``org/name[@revision]``.
+        token: For private and gated models.
+
+    Raises:
+        HubRefused: The hub does not give it, or cannot be reached; says what to do.
+        UnsafeCheckpoint: It has no safetensors weights.
+    """
+    from huggingface_hub import snapshot_download
+
+    from aidocks.checkpoints.layout import weights_present
+
+    repo, revision = parse_hub_id(reference)
+    with _explaining(repo, "download"):
+        path = Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                token=token or False,
+                allow_patterns=_SAFE_FILES,
+                ignore_patterns=_DUPLICATES,
+            )
+        )
+    if not weights_present(path):
+        raise UnsafeCheckpoint(
+            f"{reference} has no weights in safetensors format on the hub.",
+            value=reference,
+            hint="Other formats can run code; take a revision or a copy that has model.safetensors.",
+        )
+    return path
+
+
+def publish(directory: Path, repo_id: str, *, token: str, private: bool) -> PublishedModel:
+    """Create a model repository if there is none, and upload a model directory.
+
+    The manifest stays here: it names this installation's paths. The card carries the provenance.
+
+    Raises:
+        HubRefused: The hub does not take it, or cannot be reached; says what to do.
+    """
+    from huggingface_hub import HfApi
+
+    parse_hub_id(repo_id, "trainer")
+    api = HfApi(token=token)
+    with _explaining(repo_id, "upload"):
+        url = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="model",
+            folder_path=directory,
+            commit_message="Upload with AIDocks",
+            ignore_patterns=[MANIFEST_FILE, f"*{UNFINISHED}*", ".*"],
+        )
+    return PublishedModel(repo_id=repo_id, url=str(url))
+
+
+@contextmanager
+def _explaining(repo: str, verb: str) -> Iterator[None]:
+    """Turn what the hub library raises into one sentence and what to do."""
+    import httpx
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise HubRefused(
+            f"{repo} is gated: its licence must be accepted before anyone may {verb} it.",
+            value=repo,
+            hint=f"Accept it at {_page(repo)}, and set HF_TOKEN to a token of that account.",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UnknownModel(
+            f"{repo} has no such revision on the hub.", value=repo, hint=f"See {_page(repo)}."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubRefused(
+            f"The hub shows no model {repo} to this account: it does not exist, or it is private.",
+            value=repo,
+            hint=f"Check the name; for a private model set HF_TOKEN. {_page(repo)}",
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise _unreachable(repo) from error
+    except errors.HfHubHTTPError as error:
+        raise _refusal(repo, verb, error) from error
+    except (errors.OfflineModeIsEnabled, httpx.TransportError, ConnectionError, TimeoutError) as error:
+        raise _unreachable(repo) from error
+
+
+def _refusal(repo: str, verb: str, error: Any) -> HubRefused:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return HubRefused(
+            f"The hub does not accept the token (401) to {verb} {repo}.", value=repo, hint=_GET_ACCESS
+        )
+    if status == 403:
+        return HubRefused(
+            f"The token's account may not {verb} {repo} (403).",
+            value=repo,
+            hint="Use a token with write access to that user or organisation."
+            if verb == "upload"
+            else "Ask its owner for access, and use a token of the account that has it.",
+        )
+    if status == 429:
+        return HubRefused(
+            f"The hub limits requests (429) for {repo}.",
+            value=repo,
+            hint="Wait a few minutes; a token raises the limit.",
+        )
+    return HubRefused(
+        f"The hub answered {status or 'with an error'} to the {verb} of {repo}.",
+        value=repo,
+        hint="Try again later.",
+    )
+
+
+def _unreachable(repo: str) -> HubRefused:
+    return HubRefused(
+        f"The model hub cannot be reached for {repo}.",
+        value=repo,
+        hint="Check the network and HF_HUB_OFFLINE, or import a directory: aidocks models import.",
+    )
+
+
+def _page(repo: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo}"

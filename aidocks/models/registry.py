@@ -1,0 +1,348 @@
+"""The registry: one directory per model, with a manifest. Publication is a rename: all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from aidocks._version import __version__
+from aidocks.checkpoints.files import UNFINISHED, hash_file, sync_directory, sync_file, write_text
+from aidocks.checkpoints.hashes import FileHashes
+from aidocks.errors import CorruptCheckpoint, NameTaken, NotFound, PathNotAllowed, UnknownModel
+from aidocks.models.card import CARD_FILE, card, read_license
+from aidocks.models.manifest import MANIFEST_FILE, Manifest, ManifestFile, ModelInfo, Parent
+from aidocks.models.names import close_names, is_model_name, refuse_tricks, shorten
+
+if TYPE_CHECKING:
+    from aidocks.checkpoints.reader import Checkpoint
+
+__all__ = ["MANIFEST_FILE", "Manifest", "ManifestFile", "ModelInfo", "Parent", "Registry"]
+
+_TRASH = ".trash"
+_STAGING = ".staging"
+_IMPORT = "import"
+_STALE_S = 24 * 3600.0
+
+
+class Registry:
+    """The models of this installation.
+
+    Args:
+        models_dir: One sub-directory per model; made when something is published.
+        cache_dir: Where hashes of weight files are kept. Default: ``cache`` beside ``models_dir``.
+    """
+
+    def __init__(self, models_dir: Path, cache_dir: Path | None = None) -> None:
+        self._models_dir = models_dir.absolute()
+        self._cache_dir = cache_dir or self._models_dir.parent / "cache"
+
+    def names(self) -> list[str]:
+        """Return the names of all models, sorted."""
+        try:
+            found = [entry.name for entry in os.scandir(self._models_dir) if is_model_name(entry.name)]
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in found if os.path.isfile(self._models_dir / name / MANIFEST_FILE))
+
+    def list(self) -> list[ModelInfo]:
+        """Return all models by name, without those whose manifest cannot be read (``get`` tells why)."""
+        found = []
+        for name in self.names():
+            with suppress(CorruptCheckpoint, NotFound):
+                found.append(self.get(name))
+        return found
+
+    def get(self, name: str) -> ModelInfo:
+        """Return one model's row.
+
+        Raises:
+            UnknownModel: Listing similar names.
+            CorruptCheckpoint: The directory is there, but its manifest is not or cannot be read.
+        """
+        manifest = self.manifest(name)
+        return ModelInfo(
+            name=name,
+            path=self._models_dir / name,
+            bytes=manifest.bytes,
+            created_at=manifest.created_at,
+            operation=manifest.operation,
+            architecture=manifest.architecture,
+            dtype=manifest.dtype,
+            parameters=manifest.parameters,
+        )
+
+    def manifest(self, name: str) -> Manifest:
+        """Return what is known of a model. Raises as :meth:`get` does."""
+        path = self.path(name) / MANIFEST_FILE
+        try:
+            return Manifest.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            flaw = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+            raise CorruptCheckpoint(
+                f"The manifest {MANIFEST_FILE} of the model {name!r} {flaw}.",
+                value=name,
+                hint=f"Remove the model (aidocks models delete {name}), and make or import it again.",
+            ) from error
+
+    def path(self, name: str) -> Path:
+        """Return a model's directory.
+
+        Raises:
+            UnknownModel: Listing similar names.
+        """
+        if not is_model_name(name) or not (self._models_dir / name).is_dir():
+            raise UnknownModel(
+                f"The registry holds no model called {shorten(name)!r}.",
+                value=shorten(name),
+                hint=close_names(name, self.names()),
+            )
+        return self._models_dir / name
+
+    def exists(self, name: str) -> bool:
+        """Tell whether the name is occupied (also by a model whose manifest is damaged)."""
+        return is_model_name(name) and os.path.lexists(self._models_dir / name)
+
+    def file(self, name: str, relative: str) -> Path:
+        """Return one file inside a model's directory, by its path relative to it.
+
+        Raises:
+            UnknownModel: There is no such model.
+            PathNotAllowed: The path leads, or tries to lead, outside.
+            NotFound: The model has no such file.
+        """
+        root = self.path(name)
+        refuse_tricks(relative)
+        if relative.startswith(("/", "~")):
+            raise PathNotAllowed(
+                f"{relative!r} is not relative to the model's directory.",
+                value=relative,
+                hint="Leave out the '/'.",
+            )
+        found = Path(os.path.realpath(root / relative))
+        if not found.is_relative_to(os.path.realpath(root)):
+            raise PathNotAllowed(f"{relative!r} leads outside the model's directory.", value=relative)
+        hidden = any(part.startswith(".") for part in relative.split("/"))
+        if hidden or UNFINISHED in relative or not found.is_file():
+            raise NotFound(f"The model {name!r} has no file {relative!r}.", value=relative)
+        return found
+
+    def publish(self, staged: Path, manifest: Manifest) -> Path:
+        """Make a staged directory the model ``manifest.name``: all of it at once, or nothing.
+
+        The model card is written, the manifest completed (every file with size and hash) and written, all of
+        it synced, and the directory renamed. Called again by the same job, after a crash for instance, it
+        returns the model that is there.
+
+        Args:
+            staged: Directory with the finished files; afterwards it is gone.
+            manifest: What is known of the model. ``files`` may leave out any file, which is hashed then.
+
+        Returns:
+            The model's directory.
+
+        Raises:
+            NameTaken: The name belongs to a model that another job made.
+        """
+        name = manifest.name
+        if not is_model_name(name):
+            raise PathNotAllowed(f"{shorten(name)!r} cannot name a model.", value=shorten(name))
+        target = self._models_dir / name
+        if self.exists(name) and self._is_made_by(name, manifest.job_id):
+            return target
+        if self.exists(name):
+            raise _taken(name)
+        self._models_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            finished = self._finish(staged, manifest)
+            self._rename(staged, target)
+        except OSError as error:
+            if self.exists(name) and self._is_made_by(name, manifest.job_id):
+                return target  # another attempt at the same job was faster
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise _taken(name) from error
+            raise
+        FileHashes(self._cache_dir).remember({target / file.path: file.sha256 for file in finished.files})
+        return target
+
+    def import_checkpoint(
+        self, name: str, source: Path, *, copy: bool = True, parents: tuple[Parent, ...] = ()
+    ) -> ModelInfo:
+        """Take a checkpoint directory into the registry: its weights, configuration and tokenizer.
+
+        Args:
+            name: Registry name that it gets.
+            source: The directory.
+            copy: Copy the files. Otherwise they are linked where the file system can do so (hard links: the
+                source must not be changed in place afterwards), and copied where it cannot.
+            parents: Where the model comes from. Default: the directory itself.
+
+        Raises:
+            NameTaken: The registry holds a model of that name.
+            UnknownModel, UnsafeCheckpoint, CorruptCheckpoint: The source is not a sound checkpoint.
+        """
+        from aidocks.checkpoints.reader import Checkpoint
+        from aidocks.models.importing import gather
+
+        if not is_model_name(name):
+            raise PathNotAllowed(f"{shorten(name)!r} cannot name a model.", value=shorten(name))
+        if self.exists(name):
+            raise _taken(name)
+        checkpoint = Checkpoint(source)
+        staged = self._models_dir / _STAGING / uuid.uuid4().hex
+        try:
+            files = gather(checkpoint, staged, copy=copy)
+            self.publish(staged, _import_manifest(name, checkpoint, files, parents))
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        return self.get(name)
+
+    def delete(self, name: str) -> None:
+        """Remove a model: out of sight at once, then from the disk.
+
+        Raises:
+            UnknownModel: There is no such model.
+        """
+        path = self.path(name)
+        trash = self._models_dir / _TRASH / uuid.uuid4().hex
+        trash.parent.mkdir(exist_ok=True)
+        try:
+            os.rename(path, trash)
+        except FileNotFoundError:
+            return  # somebody else was faster
+        sync_directory(self._models_dir)
+        remove_tree(trash)
+
+    def sweep_trash(self) -> None:
+        """Remove what deletions and imports that were killed have left behind."""
+        for leftover in _entries(self._models_dir / _TRASH):
+            remove_tree(leftover)
+        for leftover in _entries(self._models_dir / _STAGING):
+            with suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > _STALE_S:
+                    remove_tree(leftover)
+
+    def _is_made_by(self, name: str, job_id: str) -> bool:
+        try:
+            return self.manifest(name).job_id == job_id
+        except (CorruptCheckpoint, UnknownModel):
+            return False
+
+    def _finish(self, staged: Path, manifest: Manifest) -> Manifest:
+        """Write card and manifest into a staged directory, and sync all of it."""
+        for leftover in [path for path in staged.rglob(f"*{UNFINISHED}*") if path.is_file()]:
+            leftover.unlink()
+        for ours in (CARD_FILE, MANIFEST_FILE):
+            (staged / ours).unlink(missing_ok=True)
+        if manifest.operation != _IMPORT:
+            manifest = manifest.model_copy(update={"parents": tuple(map(self._with_license, manifest.parents))})
+        manifest = _complete(staged, manifest)
+        write_text(staged / CARD_FILE, card(manifest))
+        complete = _complete(staged, manifest)
+        for file in complete.files:
+            sync_file(staged / file.path)
+        for directory in [path for path in staged.rglob("*") if path.is_dir()]:
+            sync_directory(directory)
+        write_text(staged / MANIFEST_FILE, complete.model_dump_json(indent=2) + "\n")
+        return complete
+
+    def _with_license(self, parent: Parent) -> Parent:
+        """Take the licence of a parent in the registry from its card."""
+        if parent.license is not None or not is_model_name(parent.reference):
+            return parent
+        return parent.model_copy(update={"license": read_license(self._models_dir / parent.reference)})
+
+    def _rename(self, staged: Path, target: Path) -> None:
+        try:
+            os.rename(staged, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # The workspace is on another disk: bring the files over first, then rename.
+            near = self._models_dir / _STAGING / uuid.uuid4().hex
+            try:
+                shutil.copytree(staged, near)
+                for path in near.rglob("*"):
+                    sync_file(path)
+                os.rename(near, target)
+            finally:
+                shutil.rmtree(near, ignore_errors=True)
+            remove_tree(staged)
+        sync_directory(self._models_dir)
+        with suppress(OSError):
+            sync_directory(staged.parent)
+
+
+def _complete(staged: Path, manifest: Manifest) -> Manifest:
+    """List every staged file in the manifest; what is listed already must be there as described."""
+    described = {file.path: file for file in manifest.files if file.path not in (CARD_FILE, MANIFEST_FILE)}
+    present = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
+    lost = sorted(set(described) - set(present))
+    assert not lost, f"described, but not staged: {', '.join(lost)}"
+    files = []
+    for relative in present:
+        size = (staged / relative).stat().st_size
+        file = described.get(relative)
+        if file is None:
+            file = ManifestFile(path=relative, bytes=size, sha256=hash_file(staged / relative))
+        assert file.bytes == size, f"{relative} has {size} bytes, not {file.bytes} as described"
+        files.append(file)
+    return manifest.model_copy(update={"files": tuple(files), "bytes": sum(file.bytes for file in files)})
+
+
+def _import_manifest(
+    name: str, checkpoint: Checkpoint, files: list[ManifestFile], parents: tuple[Parent, ...]
+) -> Manifest:
+    from aidocks.models.importing import describe_source
+
+    dtypes: Counter[str] = Counter()
+    for entry in checkpoint.entries.values():
+        dtypes[entry.dtype] += entry.nbytes
+    return Manifest(
+        name=name,
+        created_at=datetime.now(UTC),
+        operation=_IMPORT,
+        job_id=f"import-{uuid.uuid4().hex}",
+        spec={"source": checkpoint.path.name},
+        parents=parents or (describe_source(checkpoint, files),),
+        code_version=__version__,
+        files=tuple(files),
+        parameters=sum(entry.numel for entry in checkpoint.entries.values()),
+        dtype=next((dtype for dtype, _ in dtypes.most_common(1)), None),
+        architecture=_architecture(checkpoint.config),
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, Sequence) and not isinstance(named, str) and named else None
+
+
+def _taken(name: str) -> NameTaken:
+    return NameTaken(
+        f"The registry already holds a model called {name!r}.",
+        value=name,
+        hint=f"Choose another name, or remove it: aidocks models delete {name}.",
+    )
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory, or the link in its place; somebody else may be deleting it too."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
