@@ -1,0 +1,133 @@
+"""Where units run. A pool hides whether that is a thread of this process or actors of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from aidocks.plan import Unit, UnitContext, WorkerCache
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a unit.
+
+    Attributes:
+        result: What ``Unit.run`` returned.
+        seconds: How long it ran.
+        worker: Readable name of the worker that ran it, such as ``worker-1``.
+    """
+
+    result: BaseModel
+    seconds: float
+    worker: str
+
+
+class UnitPool(Protocol):
+    """Runs units, at most :attr:`parallelism` at a time; further calls of :meth:`run` wait their turn."""
+
+    @property
+    def parallelism(self) -> int: ...
+
+    async def run(self, unit: Unit[Any], workspace: Path, started: Callable[[str], None]) -> Outcome:
+        """Run one unit. Cancelling this coroutine stops the unit as fast as the pool can.
+
+        Args:
+            unit: What to run.
+            workspace: The job's directory.
+            started: Called with the worker's name when the unit begins to run there.
+
+        Raises:
+            WorkerLost: The worker died; the unit may be run again.
+            Exception: Whatever the unit raised.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of all workers."""
+        ...
+
+
+class InProcessPool:
+    """One unit at a time, in a thread of this process, on the GPU when there is one.
+
+    Native code in a thread cannot be stopped: a cancelled unit is waited for, but not for long.
+    """
+
+    parallelism = 1
+    #: How long a cancelled unit is waited for, so that whoever cancelled can remove its files after it.
+    cancel_grace_s = 5.0
+
+    def __init__(self) -> None:
+        self._cache = WorkerCache()
+        self._turn = asyncio.Lock()
+        self._device: str | None = None
+
+    async def run(self, unit: Unit[Any], workspace: Path, started: Callable[[str], None]) -> Outcome:
+        """Run one unit in a daemon thread (the process may exit although native code still runs)."""
+        async with self._turn:
+            started("local")
+            done = _in_daemon_thread(lambda: self._run(unit, workspace))
+            try:
+                return await asyncio.shield(done)
+            except asyncio.CancelledError:
+                await asyncio.wait([done], timeout=self.cancel_grace_s)
+                raise
+
+    def _run(self, unit: Unit[Any], workspace: Path) -> Outcome:
+        if self._device is None:
+            self._device = best_device()
+        context = UnitContext(workspace, self._device, threads=os.cpu_count() or 1, cache=self._cache)
+        begin = time.perf_counter()
+        result = unit.run(context)
+        return Outcome(result, time.perf_counter() - begin, "local")
+
+    async def close(self) -> None:
+        self._cache = WorkerCache()
+
+
+def best_device() -> str:
+    """Return ``cuda`` where torch is installed and sees a device, else ``cpu``."""
+    try:
+        import torch
+    except ImportError:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _in_daemon_thread(call: Callable[[], Outcome]) -> asyncio.Future[Outcome]:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Outcome] = loop.create_future()
+
+    def settle(outcome: Outcome | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            assert outcome is not None
+            future.set_result(outcome)
+
+    def work() -> None:
+        outcome: Outcome | None = None
+        failure: BaseException | None = None
+        try:
+            outcome = call()
+        except StopIteration as error:  # a future cannot carry it
+            failure = RuntimeError(f"The unit raised {error!r}.")
+        except BaseException as error:  # noqa: BLE001 - carried over to the awaiting side, whatever it is
+            failure = error
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, outcome, failure)
+
+    threading.Thread(target=work, name="aidocks-unit", daemon=True).start()
+    return future

@@ -1,0 +1,201 @@
+"""Runs one job: drives its plan, gives the units to a pool, journals what they return, and ends the job.
+
+The plan is a deterministic generator, so a job whose executor died is continued by running the plan again:
+units whose results are in the journal, and whose files are still the same, are answered from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from aidocks.errors import AIDocksError, LeaseLost
+from aidocks.jobs.model import EventType, Job, Status
+from aidocks.jobs.stages import StageRun, UnitLog
+from aidocks.jobs.submit import plan_context
+from aidocks.operations import find_operation
+from aidocks.plan import PlanContext, Stage
+
+if TYPE_CHECKING:
+    from aidocks.executor import UnitPool
+    from aidocks.jobs.store import JobStore
+    from aidocks.settings import Settings
+
+CANCEL_POLL_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class _Cancelled(Exception):
+    """The job's cancel flag was seen."""
+
+
+async def run_job(job: Job, store: JobStore, settings: Settings, pool: UnitPool, token: int) -> Job:
+    """Run a job to its end, whatever that end is.
+
+    Args:
+        job: As returned by ``store.claim``: running, under ``token``.
+        store: Where it is journalled.
+        settings: Of the installation.
+        pool: Where its units run.
+        token: The executor's fencing token.
+
+    Returns:
+        The job as it ended: succeeded, failed or cancelled.
+
+    Raises:
+        LeaseLost: Another executor has taken the job over; nothing of it was touched since.
+        OperationalError: The job store cannot be reached. The job is still running and can be claimed again.
+        asyncio.CancelledError: The caller was cancelled; the job is still running and can be claimed again.
+    """
+    run = _JobRun(job, store, settings, pool, token)
+    try:
+        result = (await run.to_result()).model_dump(mode="json")
+    except _Cancelled:
+        return await run.end(Status.CANCELLED)
+    except (LeaseLost, OperationalError, InterfaceError):
+        raise
+    except AIDocksError as error:
+        _log.info("job %s failed: %s", job.id, error)
+        return await run.end(Status.FAILED, error=error.problem(f"/jobs/{job.id}"))
+    except Exception as error:  # noqa: BLE001 - the job ends with it; the traceback goes to the log
+        _log.exception("job %s failed unexpectedly", job.id)
+        problem = AIDocksError(f"{type(error).__name__}: {error}").problem(f"/jobs/{job.id}")
+        return await run.end(Status.FAILED, error=problem)
+    return await run.end(Status.SUCCEEDED, result=result)
+
+
+class _JobRun:
+    """One attempt at one job."""
+
+    def __init__(self, job: Job, store: JobStore, settings: Settings, pool: UnitPool, token: int) -> None:
+        self._job = job
+        self._store = store
+        self._settings = settings
+        self._pool = pool
+        self._token = token
+
+    async def to_result(self) -> BaseModel:
+        """Drive the plan until it returns, or until the cancel flag is seen."""
+        watching = asyncio.create_task(self._watch_cancel_flag())
+        driving = asyncio.create_task(self._drive())
+        try:
+            await asyncio.wait((watching, driving), return_when=asyncio.FIRST_COMPLETED)
+            # A job that finished just before its flag was seen has finished.
+            if not driving.done():
+                driving.cancel()
+                await asyncio.wait((driving,))
+                watching.result()
+                raise _Cancelled
+            return driving.result()
+        finally:
+            for task in (watching, driving):
+                task.cancel()
+            await asyncio.gather(watching, driving, return_exceptions=True)
+
+    async def _watch_cancel_flag(self) -> None:
+        while not (await asyncio.to_thread(self._store.get, self._job.id)).cancel_requested:
+            await asyncio.sleep(CANCEL_POLL_S)
+
+    async def _drive(self) -> BaseModel:
+        registration = find_operation(self._job.operation)
+        operation = await asyncio.to_thread(registration.load)
+        spec = operation.spec_type.model_validate(self._job.spec)
+        context = plan_context(
+            self._settings, self._job.id, parallelism=self._pool.parallelism, say=self._say
+        )
+        journal = await asyncio.to_thread(self._store.units, self._job.id)
+        await asyncio.to_thread(context.workspace.mkdir, parents=True, exist_ok=True)
+        await self._announce(len(journal))
+        if self._job.attempt <= 1:
+            # Later attempts would find fault with what the first one has made.
+            await asyncio.to_thread(operation.preflight, spec, context)
+        log = UnitLog(self._store, self._job, self._token, journal)
+        plan = operation.plan(spec, context)
+        try:
+            return await self._step_through(plan, context, log)
+        finally:
+            await asyncio.to_thread(plan.close)
+
+    async def _step_through(
+        self, plan: Generator[Stage, list[Any], BaseModel], context: PlanContext, log: UnitLog
+    ) -> BaseModel:
+        results: list[Any] | None = None
+        number = 0
+        while True:
+            stage = await _in_thread(_advance, plan, results)
+            if isinstance(stage, _Returned):
+                return stage.result
+            number += 1
+            results = await StageRun(stage, number, context, self._pool, log).to_results()
+
+    async def _announce(self, units_done: int) -> None:
+        if self._job.attempt <= 1:
+            data = {"attempt": self._job.attempt, "parallelism": self._pool.parallelism}
+            await self._append(EventType.STARTED, data)
+        else:
+            data = {"attempt": self._job.attempt, "units_done": units_done}
+            await self._append(EventType.RECOVERED, data)
+
+    async def _append(self, type: EventType, data: dict[str, Any]) -> None:
+        await asyncio.to_thread(self._store.append, self._job.id, type, data, token=self._token)
+
+    def _say(self, text: str) -> None:
+        self._store.append(self._job.id, EventType.MESSAGE, {"text": text}, token=self._token)
+
+    async def end(
+        self, status: Status, *, result: dict[str, Any] | None = None, error: dict[str, Any] | None = None
+    ) -> Job:
+        """Close the job; of a job that did not succeed nothing half-written remains when its end is seen."""
+        if result is not None and self._job.started_at is not None and result.get("seconds", 0) is None:
+            result["seconds"] = round(time.time() - self._job.started_at.timestamp(), 3)
+        removal = asyncio.to_thread(remove_workspace, self._settings, self._job.id)
+        if status is not Status.SUCCEEDED:
+            await removal
+        job = await asyncio.to_thread(
+            self._store.transition, self._job.id, status, token=self._token, result=result, error=error
+        )
+        if status is Status.SUCCEEDED:
+            await removal
+        return job
+
+
+def remove_workspace(settings: Settings, job_id: str) -> None:
+    """Delete what a job has written outside the registry."""
+    workspace = settings.workspaces_dir / job_id
+    for _ in range(10):
+        shutil.rmtree(workspace, ignore_errors=True)
+        if not workspace.exists():
+            return
+        time.sleep(0.1)  # something that is being stopped still wrote a file
+
+
+class _Returned:
+    """What the plan's generator returned (StopIteration cannot leave a thread or a coroutine)."""
+
+    def __init__(self, result: BaseModel) -> None:
+        self.result = result
+
+
+def _advance(plan: Generator[Stage, list[Any], BaseModel], results: list[Any] | None) -> Stage | _Returned:
+    try:
+        return next(plan) if results is None else plan.send(results)
+    except StopIteration as stop:
+        return _Returned(stop.value)
+
+
+async def _in_thread(call: Callable[..., Any], *args: Any) -> Any:
+    """Call in a thread and, also when cancelled, wait for it: two must not drive one plan."""
+    future = asyncio.ensure_future(asyncio.to_thread(call, *args))
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait((future,))
+        raise

@@ -1,0 +1,229 @@
+"""Runs the units of one stage: journal first, then the pool; retries, events and progress on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from aidocks.errors import NotFound, WorkerLost
+from aidocks.jobs.model import EventType, Job, Progress
+from aidocks.plan import OutputFile, PlanContext, Stage, Unit
+
+if TYPE_CHECKING:
+    from aidocks.executor import Outcome, UnitPool
+    from aidocks.jobs.rows import UnitRecord
+    from aidocks.jobs.store import JobStore
+
+PROGRESS_INTERVAL_S = 0.25
+#: How often a unit may lose its worker before it is taken to be the cause.
+WORKER_LOSSES = 3
+_CHUNK = 1 << 20
+
+
+class UnitLog:
+    """What one attempt at a job reads from and writes to the store about units."""
+
+    def __init__(self, store: JobStore, job: Job, token: int, journal: dict[str, UnitRecord]) -> None:
+        self._store = store
+        self._job = job
+        self._token = token
+        self._journal = journal
+
+    async def append(self, type: EventType, **data: Any) -> None:
+        await asyncio.to_thread(self._store.append, self._job.id, type, data, token=self._token)
+
+    async def progress(self, progress: Progress) -> None:
+        await asyncio.to_thread(self._store.save_progress, self._job.id, progress, self._token)
+
+    async def record(self, stage: str, unit: Unit[Any], unit_id: str, outcome: Outcome) -> None:
+        result = outcome.result.model_dump(mode="json")
+        seconds = round(outcome.seconds, 4)
+        await asyncio.to_thread(
+            self._store.record_unit,
+            self._job.id,
+            unit_id,
+            stage,
+            unit.label,
+            result,
+            seconds,
+            outcome.worker,
+            token=self._token,
+        )
+
+    def recall(self, unit: Unit[Any], unit_id: str, context: PlanContext) -> BaseModel | None:
+        """Return the journalled result of a unit, if its files are still what it wrote."""
+        record = self._journal.get(unit_id)
+        if record is None:
+            return None
+        try:
+            result = type(unit).result_type.model_validate(record.result)
+        except ValidationError:
+            return None  # written by another version
+        published = self._published(context)
+        outputs = unit.outputs(result)
+        return result if all(_is_intact(output, context.workspace, published) for output in outputs) else None
+
+    def _published(self, context: PlanContext) -> Path | None:
+        """Return where the job's own model is in the registry, if an earlier attempt got that far."""
+        name = self._job.output_name
+        try:
+            if name is None or context.registry.manifest(name).job_id != self._job.id:
+                return None
+        except NotFound:
+            return None
+        return context.registry.path(name)
+
+
+class StageRun:
+    """The units of one stage on their way through a pool."""
+
+    def __init__(self, stage: Stage, number: int, context: PlanContext, pool: UnitPool, log: UnitLog) -> None:
+        self._stage = stage
+        self._number = number
+        self._context = context
+        self._pool = pool
+        self._log = log
+        # Equal units are one unit.
+        self._ids = [unit.unit_id for unit in stage.units]
+        self._units = dict(zip(self._ids, stage.units, strict=True))
+        self._results: dict[str, BaseModel] = {}
+        self._begin = time.monotonic()
+        self._said_at = 0.0
+        self._recalled_weight = 0.0
+        self._recalled = 0
+
+    async def to_results(self) -> list[BaseModel]:
+        """Run what is not in the journal and return all results in the order of the stage's units.
+
+        Raises:
+            Exception: What the first failing unit raised, after the others were stopped.
+        """
+        await asyncio.to_thread(self._recall_all)
+        await self._log.append(
+            EventType.STAGE_STARTED,
+            stage=self._stage.name,
+            stage_number=self._number,
+            total=len(self._units),
+            already_done=self._recalled,
+        )
+        open_ids = [unit_id for unit_id in self._units if unit_id not in self._results]
+        await self._run_all(open_ids)
+        await self._say_progress(None, force=True)
+        return [self._results[unit_id] for unit_id in self._ids]
+
+    def _recall_all(self) -> None:
+        for unit_id, unit in self._units.items():
+            result = self._log.recall(unit, unit_id, self._context)
+            if result is not None:
+                self._results[unit_id] = result
+        self._recalled = len(self._results)
+        self._recalled_weight = self._weight(self._results)
+        self._begin = time.monotonic()
+
+    async def _run_all(self, unit_ids: Iterable[str]) -> None:
+        waiting = iter(list(unit_ids))
+
+        async def work() -> None:
+            for unit_id in waiting:
+                await self._run_unit(self._units[unit_id], unit_id)
+
+        # Twice as many as can run: a worker finds its next unit waiting, and other jobs get their turn.
+        tasks = [asyncio.create_task(work()) for _ in range(2 * self._pool.parallelism)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run_unit(self, unit: Unit[Any], unit_id: str) -> None:
+        for losses in range(1, WORKER_LOSSES + 2):
+            try:
+                outcome = await self._run_once(unit, unit_id)
+                break
+            except WorkerLost as error:
+                await self._log.append(
+                    EventType.WORKER_LOST,
+                    worker=error.value,
+                    unit_id=unit_id,
+                    label=unit.label,
+                    reason=error.message,
+                )
+                if losses > WORKER_LOSSES:
+                    raise WorkerLost(
+                        f"{unit.label}: {losses} workers died while they ran this unit. {error.message}",
+                        hint="It may need more memory than a worker has; see the service's logs.",
+                    ) from error
+        await self._log.record(self._stage.name, unit, unit_id, outcome)
+        self._results[unit_id] = outcome.result
+        await self._say_progress(unit.label)
+
+    async def _run_once(self, unit: Unit[Any], unit_id: str) -> Outcome:
+        announcements: list[asyncio.Task[None]] = []
+
+        def started(worker: str) -> None:
+            said = self._log.append(
+                EventType.UNIT_STARTED,
+                stage=self._stage.name,
+                unit_id=unit_id,
+                label=unit.label,
+                worker=worker,
+            )
+            announcements.append(asyncio.create_task(said))
+
+        try:
+            return await self._pool.run(unit, self._context.workspace, started)
+        finally:
+            # So that "started" stands before "finished", and its failure (a lost lease) is not swallowed.
+            await asyncio.gather(*announcements)
+
+    def _weight(self, unit_ids: Iterable[str]) -> float:
+        return sum(self._units[unit_id].weight for unit_id in unit_ids)
+
+    async def _say_progress(self, label: str | None, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._said_at < PROGRESS_INTERVAL_S:
+            return
+        self._said_at = now
+        await self._log.progress(self._progress(label, now - self._begin))
+
+    def _progress(self, label: str | None, elapsed_s: float) -> Progress:
+        total = self._weight(self._units)
+        done = self._weight(self._results)
+        count = len(self._results) - self._recalled
+        weight_per_s = (done - self._recalled_weight) / elapsed_s if elapsed_s > 0 else 0.0
+        return Progress(
+            stage=self._stage.name,
+            stage_number=self._number,
+            done=len(self._results),
+            total=len(self._units),
+            fraction=min(1.0, done / total) if total > 0 else 1.0,
+            unit=label,
+            units_per_s=round(count / elapsed_s, 4) if count and elapsed_s > 0 else None,
+            eta_s=round((total - done) / weight_per_s, 2) if weight_per_s > 0 else None,
+            elapsed_s=round(elapsed_s, 3),
+        )
+
+
+def _is_intact(output: OutputFile, workspace: Path, published: Path | None) -> bool:
+    """Say whether a file is byte for byte what its unit wrote, there or where publication has moved it."""
+    path = output.path
+    staged = workspace / "model"
+    if not path.exists() and published is not None and path.is_relative_to(staged):
+        path = published / path.relative_to(staged)
+    try:
+        if path.stat().st_size != output.bytes:
+            return False
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError:
+        return False
+    return digest.hexdigest() == output.sha256
