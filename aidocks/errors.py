@@ -8,6 +8,7 @@ subclass :class:`AIDocksError`, set the class attributes, and pass everything th
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 
@@ -63,18 +64,89 @@ class AIDocksError(Exception):
 
 
 def _rebuild(
-    kind: type[AIDocksError], message: str, field: str | None, value: Any, hint: str | None
+    kind: type[AIDocksError],
+    message: str,
+    field: str | None,
+    value: Any,
+    hint: str | None,
+    errors: Sequence[Mapping[str, Any]] = (),
 ) -> AIDocksError:
-    return kind(message, field=field, value=value, hint=hint)
+    more: dict[str, Any] = {"errors": errors} if errors else {}
+    return kind(message, field=field, value=value, hint=hint, **more)
 
 
 class InvalidSpec(AIDocksError, ValueError):
-    """A request that can never succeed as it stands."""
+    """A request that can never succeed as it stands.
+
+    Args:
+        message: What was wrong, in one sentence.
+        errors: Every wrong field as ``{field, value, message, hint}``, when more than one was found.
+    """
 
     code = "invalid_spec"
     title = "The request is not valid"
     http_status = 422
     exit_code = 3
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        value: Any = None,
+        hint: str | None = None,
+        errors: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        super().__init__(message, field=field, value=value, hint=hint)
+        self.errors = tuple(dict(error) for error in errors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.field, self.value, self.hint, self.errors)
+
+    def problem(self, instance: str | None = None) -> dict[str, Any]:
+        details = super().problem(instance)
+        return details | {"errors": list(self.errors)} if self.errors else details
+
+
+class BodyTooLarge(InvalidSpec):
+    """A request body above the limit; specs are small, weights never travel through HTTP."""
+
+    code = "body_too_large"
+    title = "The request body is too large"
+    http_status = 413
+
+
+class UnsupportedMediaType(InvalidSpec):
+    """A request body that is not JSON."""
+
+    code = "unsupported_media_type"
+    title = "The media type is not supported"
+    http_status = 415
+
+
+class MethodNotAllowed(AIDocksError):
+    """A path that exists, asked with a method that it does not have."""
+
+    code = "method_not_allowed"
+    title = "The method is not allowed here"
+    http_status = 405
+
+
+class HostNotAllowed(AIDocksError):
+    """A Host header that is not this service's (somebody may have pointed another name at it)."""
+
+    code = "host_not_allowed"
+    title = "The service does not answer to this host name"
+    http_status = 421
+    exit_code = 6
+
+
+class RangeNotSatisfiable(AIDocksError):
+    """A byte range that lies outside the file."""
+
+    code = "range_not_satisfiable"
+    title = "The range lies outside the file"
+    http_status = 416
 
 
 class PathNotAllowed(InvalidSpec):
