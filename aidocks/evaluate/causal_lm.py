@@ -1,0 +1,141 @@
+"""A causal language model that is loaded for measuring: its tokens in chunks, its loss on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from aidocks.errors import IncompatibleModels, InvalidSpec
+from aidocks.evaluate.perplexity import PerplexityResult
+from aidocks.evaluate.texts import Split, TextSource, choose_chunks, read_text
+from aidocks.plan import UnitContext
+
+# Logits are the largest activation: this bounds them to 200 MB in fp32 for a vocabulary of 49 thousand.
+_TOKENS_PER_BATCH = 1024
+
+
+class CausalLM:
+    """A loaded model and tokenizer.
+
+    Attributes:
+        network: The transformers model, in evaluation mode, on the worker's device.
+        tokenizer: Its transformers tokenizer.
+        dtype: Its floating-point type.
+    """
+
+    def __init__(self, path: Path, network: Any, tokenizer: Any) -> None:
+        self.path = path
+        self.network = network
+        self.dtype: torch.dtype = network.dtype
+        self.tokenizer = tokenizer
+        self._tokens: dict[tuple[TextSource, int], torch.Tensor] = {}
+
+    def chunks(self, text: TextSource, seq_length: int) -> torch.Tensor:
+        """Return the text as whole chunks of token ids [available, seq_length], without special tokens."""
+        key = (text, seq_length)
+        if key not in self._tokens:
+            ids = self.tokenizer(read_text(text), add_special_tokens=False, verbose=False)["input_ids"]
+            whole = len(ids) // seq_length
+            self._tokens[key] = torch.tensor(ids[: whole * seq_length]).view(whole, seq_length)
+        return self._tokens[key]
+
+    def measure(
+        self, text: TextSource, split: Split, seq_length: int, chunks: int, seed: int = 0
+    ) -> PerplexityResult:
+        """Measure the loss on the chosen chunks of a split.
+
+        Raises:
+            InvalidSpec: When the text is too short, or a chunk is longer than the model's context.
+        """
+        limit = getattr(self.network.config, "max_position_embeddings", None)
+        if limit and seq_length > limit:
+            raise InvalidSpec(
+                f"A chunk of {seq_length} tokens is longer than the model's context of {limit}.",
+                field="seqlen",
+                value=seq_length,
+            )
+        tokens = self.chunks(text, seq_length)
+        positions = choose_chunks(len(tokens), split, chunks, seed)
+        losses = self.chunk_nll(tokens[positions]).tolist()
+        return PerplexityResult(
+            nll=tuple(loss if abs(loss) != float("inf") and loss == loss else None for loss in losses),
+            tokens=(seq_length - 1,) * len(positions),
+            positions=tuple(positions),
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+    def chunk_nll(self, tokens_CT: torch.Tensor) -> torch.Tensor:
+        """Return the summed negative log-likelihood of each chunk: token ids [C, T] -> float64 [C].
+
+        All chunks have one length, so batches need no padding; their size depends on nothing but that
+        length, so that the same chunks give the same bits.
+        """
+        batch = max(1, _TOKENS_PER_BATCH // tokens_CT.shape[1])
+        return torch.cat([self._batch_nll(part) for part in torch.split(tokens_CT, batch)])
+
+    @torch.inference_mode()
+    def _batch_nll(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        tokens_BT = tokens_BT.to(self.network.device)
+        logits_BTV = self.network(input_ids=tokens_BT, use_cache=False).logits
+        # Chunk by chunk, so that only one chunk's logits exist in fp32.
+        sums = [
+            functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none").double().sum()
+            for logits_TV, ids_T in zip(logits_BTV, tokens_BT, strict=True)
+        ]
+        return torch.stack(sums).cpu()
+
+
+def evaluation_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    """Choose the type to compute in.
+
+    The stored type where the hardware is good at it. On a CPU that is bfloat16 for a bfloat16 model when
+    there are bfloat16 instructions (three times as fast as fp32 where measured), and fp32 for everything
+    else: emulated bfloat16 is many times slower, and float16 on CPUs lacks kernels.
+    """
+    if device.startswith("cuda"):
+        return stored
+    return stored if stored is torch.bfloat16 and _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return any(probe is not None and bool(probe()) for probe in (capability, amx))
+
+
+def load(path: Path, dtype: str | None, device: str) -> CausalLM:
+    """Load a checkpoint for measuring.
+
+    Args:
+        path: Checkpoint directory in Hugging Face layout, safetensors only; no code of it is run.
+        dtype: Name of a floating-point type, or None for :func:`evaluation_dtype`.
+        device: Torch device.
+
+    Raises:
+        IncompatibleModels: When transformers cannot load it as a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    closed: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(path, **closed)
+        stored = getattr(config, "dtype", None) or torch.float32
+        chosen = getattr(torch, dtype) if dtype else evaluation_dtype(stored, device)
+        network = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, use_safetensors=True, **closed)
+        tokenizer = AutoTokenizer.from_pretrained(path, **closed)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise IncompatibleModels(
+            f"{path.name} does not load as a causal language model: {error}", value=path.name
+        ) from error
+    return CausalLM(path, network.eval().to(device), tokenizer)
+
+
+def load_cached(path: Path, dtype: str | None, context: UnitContext) -> CausalLM:
+    """Return the model from the worker's cache, loading it at most once."""
+    make: Callable[[], CausalLM] = lambda: load(path, dtype, context.device)  # noqa: E731
+    model: CausalLM = context.cache.get(f"causal-lm:{path}:{dtype}:{context.device}", make)
+    return model

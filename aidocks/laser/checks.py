@@ -1,0 +1,75 @@
+"""What must be true of a base model and a text before any work begins; reads headers and configurations."""
+
+from __future__ import annotations
+
+from aidocks.checkpoints.reader import Checkpoint
+from aidocks.errors import IncompatibleModels, InvalidSpec
+from aidocks.evaluate.texts import TextSource, choose_chunks, read_text
+from aidocks.laser.matrices import Matrix, find_matrices, select_matrices
+from aidocks.specs.laser import LaserSpec
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+#: Tokens are at most so many characters long on average in any text that is worth measuring on.
+_CHARACTERS_PER_TOKEN = 16
+
+
+def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
+    """Return the matrices that the request covers.
+
+    Raises:
+        IncompatibleModels: For a model that is not a causal language model, is quantised, or has no
+            tokenizer.
+        InvalidSpec: For layers or kinds that it does not have, or chunks longer than its context.
+    """
+    field, name = "base_model_name", spec.base_model_name
+    architectures = checkpoint.config.get("architectures") or ["none"]
+    if not any(str(architecture).endswith(_CAUSAL) for architecture in architectures):
+        raise IncompatibleModels(
+            f"The model {name!r} is not a causal language model, but: {', '.join(architectures)}.",
+            field=field,
+            value=name,
+            hint="Perplexity decides here: give a model whose architecture ends with ForCausalLM.",
+        )
+    if checkpoint.config.get("quantization_config"):
+        raise IncompatibleModels(
+            f"The model {name!r} is quantised.",
+            field=field,
+            value=name,
+            hint="Give the model it was made from.",
+        )
+    if not any((checkpoint.path / file).is_file() for file in _TOKENIZER_FILES):
+        raise IncompatibleModels(f"The model {name!r} has no tokenizer files.", field=field, value=name)
+    context = next(
+        (
+            checkpoint.config[key]
+            for key in ("max_position_embeddings", "n_positions")
+            if key in checkpoint.config
+        ),
+        None,
+    )
+    if isinstance(context, int) and spec.seqlen > context:
+        raise InvalidSpec(
+            f"A chunk of {spec.seqlen} tokens is longer than the context of {name!r}.",
+            field="seqlen",
+            value=spec.seqlen,
+            hint=f"At most {context}.",
+        )
+    return select_matrices(find_matrices(checkpoint.entries), spec.layers, spec.kinds, name)
+
+
+def check_text(checkpoint: Checkpoint, text: TextSource, spec: LaserSpec) -> None:
+    """Refuse a text that is too short, counted with the model's own tokenizer where that needs no torch.
+
+    Raises:
+        InvalidSpec: Saying how many chunks there are.
+    """
+    file = checkpoint.path / "tokenizer.json"
+    if not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    enough = 2 * spec.chunks * spec.seqlen * _CHARACTERS_PER_TOKEN
+    content = read_text(text)[:enough]
+    ids = Tokenizer.from_file(str(file)).encode(content, add_special_tokens=False).ids
+    choose_chunks(len(ids) // spec.seqlen, "search", spec.chunks, spec.seed)

@@ -1,0 +1,95 @@
+"""The units that write the result: one per weight file, and one for everything beside the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from aidocks.checkpoints.files import copy_file, hash_file, write_bytes
+from aidocks.checkpoints.writer import INDEX_FILE, ShardPlan, ShardWriter, write_index
+from aidocks.laser.matrices import Reduction
+from aidocks.plan import OutputFile, Unit, UnitContext
+
+
+class WrittenFiles(BaseModel):
+    """Files that a unit wrote."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: tuple[OutputFile, ...]
+
+
+class WriteShard(Unit[WrittenFiles]):
+    """One weight file: reduced matrices are computed again in their type, all else copied as bytes."""
+
+    result_type: ClassVar[type[BaseModel]] = WrittenFiles
+
+    checkpoint: Path = Field(description="Checkpoint directory of the base.")
+    directory: Path = Field(description="Directory in which the result is staged.")
+    shard: ShardPlan
+    reductions: tuple[Reduction, ...] = Field(description="Those of matrices in this file.")
+
+    @property
+    def label(self) -> str:
+        return self.shard.file_name
+
+    @property
+    def weight(self) -> float:
+        return float(self.shard.nbytes)
+
+    def run(self, context: UnitContext) -> WrittenFiles:
+        from aidocks.laser.scan import open_checkpoint
+        from aidocks.laser.spectrum import reduce_rank
+
+        checkpoint = open_checkpoint(self.checkpoint, context)
+        ranks = {reduction.name: reduction.rank for reduction in self.reductions}
+        with ShardWriter(self.directory, self.shard) as writer:
+            for tensor in self.shard.tensors:
+                if tensor.name in ranks:
+                    stored = checkpoint.tensor(tensor.name).to(context.device)
+                    writer.write(tensor.name, reduce_rank(stored, ranks[tensor.name]).cpu())
+                else:
+                    writer.copy(tensor.name, checkpoint.entries[tensor.name])
+        return WrittenFiles(files=(writer.output,))
+
+    def outputs(self, result: WrittenFiles) -> Sequence[OutputFile]:
+        return result.files
+
+
+class CopyBesideWeights(Unit[WrittenFiles]):
+    """Configuration, tokenizer, chat template and the index of the weight files."""
+
+    result_type: ClassVar[type[BaseModel]] = WrittenFiles
+
+    checkpoint: Path = Field(description="Checkpoint directory of the base.")
+    directory: Path = Field(description="Directory in which the result is staged.")
+    shards: tuple[ShardPlan, ...]
+
+    @property
+    def label(self) -> str:
+        return "configuration and tokenizer"
+
+    def run(self, context: UnitContext) -> WrittenFiles:
+        from aidocks.laser.scan import open_checkpoint
+
+        checkpoint = open_checkpoint(self.checkpoint, context)
+        sources = [checkpoint.path / "config.json", *checkpoint.metadata_files()]
+        written = [copy_file(source, self.directory / source.name) for source in sources]
+        write_index(self.directory, self.shards)
+        if len(self.shards) > 1:
+            index = self.directory / INDEX_FILE
+            written.append(OutputFile(path=index, bytes=index.stat().st_size, sha256=hash_file(index)))
+        return WrittenFiles(files=tuple(written))
+
+    def outputs(self, result: WrittenFiles) -> Sequence[OutputFile]:
+        return result.files
+
+
+def write_file(target: Path, content: bytes) -> OutputFile:
+    """Write a small file so that it appears whole, and describe it."""
+    write_bytes(target, content)
+    return OutputFile(path=target, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
