@@ -1,0 +1,92 @@
+"""``/byo-moe``: one Mixture-of-Experts from a base model and fine-tunes of its shape.
+
+compute the router's rows -> assemble the weight files -> load, run and picture the result -> measure it
+beside its parts -> publish.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from aidocks.checkpoints.writer import parse_size
+from aidocks.evaluate.texts import resolve_text
+from aidocks.moe.build import Build
+from aidocks.moe.publication import find_published, publish
+from aidocks.plan import Operation, Plan, PlanContext, Stage
+from aidocks.specs.base import OperationResult, Spec
+from aidocks.specs.moe import MoEResult, MoESpec
+
+#: What a registry name may hold, and how much of it, so that a suffix still fits.
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+_LONGEST_NAME = 96
+
+
+class BuildMoE(Operation[MoESpec, MoEResult]):
+    """See the top of this module."""
+
+    spec_type: ClassVar[type[Spec]] = MoESpec
+    result_type: ClassVar[type[OperationResult]] = MoEResult
+
+    def output_name(self, spec: MoESpec, job_id: str) -> str:
+        return spec.name or _derive_name(spec.base_model, job_id)
+
+    def inputs(self, spec: MoESpec) -> dict[str, str]:
+        experts = {f"experts[{i}].source_model": expert.source_model for i, expert in enumerate(spec.experts)}
+        return {"base_model": spec.base_model, **experts}
+
+    def preflight(self, spec: MoESpec, context: PlanContext) -> None:
+        parse_size(spec.max_shard_size)
+        resolve_text(spec.text, context.resolver.allowed_roots)
+        if spec.publish:
+            from aidocks.models.hub import require_token
+
+            require_token()
+        references = self.inputs(spec)
+        here = {f: r for f, r in references.items() if not context.resolver.needs_download(r)}
+        if len(here) == len(references):
+            Build(spec, context, references).require_space()
+        for field, reference in here.items():
+            context.resolver.resolve(reference, field=field)
+
+    def plan(self, spec: MoESpec, context: PlanContext) -> Plan[MoEResult]:
+        name = self.output_name(spec, context.job_id)
+        result = find_published(name, context)
+        if result is None:
+            references = self.inputs(spec)
+            fetched = yield from _fetch(references, context)
+            build = Build(spec, context, references)
+            if fetched:
+                build.require_space()
+            result = publish(build, name, (yield from build.run(name)))
+        return (yield from _upload(result, spec)) if spec.publish else result
+
+
+def _fetch(references: dict[str, str], context: PlanContext) -> Generator[Stage, list[Any], bool]:
+    """Download what is only on the hub; return whether that was anything."""
+    missing = sorted({ref for ref in references.values() if context.resolver.needs_download(ref)})
+    if missing:
+        from aidocks.models.hub import FetchModel
+
+        yield Stage("fetch", tuple(FetchModel(reference=reference) for reference in missing))
+    return bool(missing)
+
+
+def _upload(result: MoEResult, spec: MoESpec) -> Plan[MoEResult]:
+    from aidocks.models.hub import PublishedModel, PublishToHub
+
+    assert result.path is not None, "it was published"
+    unit = PublishToHub(directory=Path(result.path), repo_id=f"{spec.trainer}/{result.model}")
+    uploaded: PublishedModel
+    (uploaded,) = yield Stage("publish", (unit,))
+    return result.model_copy(update={"hub_url": uploaded.url})
+
+
+def _derive_name(base: str, job_id: str) -> str:
+    """Return ``<base>-moe-<end of the job's id>`` (its beginning is a time, which close jobs share)."""
+    suffix = f"-moe-{job_id[-8:]}"
+    last = base.rstrip("/").rpartition("/")[2].partition("@")[0]
+    clean = _NOT_IN_NAMES.sub("-", last).lstrip("._-") or "model"
+    return clean[: _LONGEST_NAME - len(suffix)] + suffix
