@@ -1,0 +1,164 @@
+"""The pool of workers on the cluster, as the supervisor uses it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from aidocks.errors import WorkerLost
+from aidocks.executor import Outcome
+from aidocks.plan import Unit
+from cluster.worker import Worker
+
+#: A worker that had nothing to do for so long gives its memory and its GPU back.
+IDLE_RELEASE_S = 600.0
+#: How long a killed worker is waited for.
+KILL_WAIT_S = 5.0
+
+_DEATHS = (ActorDiedError, ActorUnavailableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Slot:
+    name: str
+    handle: Any
+    host: str = ""
+    pid: int | None = None
+    unit: str | None = None
+    idle_since: float = 0.0
+
+
+class RayPool:
+    """Runs units on ``Worker`` actors, which it starts when they are needed and replaces when they die.
+
+    The actors belong to the process that made the pool, and die with it. All methods are for one event loop.
+
+    Args:
+        workers: How many. Default: one for each GPU of the cluster, or for each of its CPUs.
+        idle_release_s: After how many seconds an idle worker is released.
+    """
+
+    def __init__(self, workers: int | None = None, idle_release_s: float = IDLE_RELEASE_S) -> None:
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        self.parallelism = workers or gpus or max(1, int(resources.get("CPU", 1)))
+        self._device = "cuda" if gpus else "cpu"
+        share = {"num_cpus": 0, "num_gpus": min(1.0, gpus / self.parallelism)} if gpus else {"num_cpus": 1}
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        self._threads = max(1, (os.cpu_count() or 1) * nodes // self.parallelism)
+        self._actor = ray.remote(Worker).options(**share, max_restarts=0, max_concurrency=1)
+        self._turns = asyncio.Semaphore(self.parallelism)
+        self._slots: dict[str, _Slot] = {}
+        self._idle: list[_Slot] = []
+        self._idle_release_s = idle_release_s
+
+    async def run(self, unit: Unit[Any], workspace: Path, started: Callable[[str], None]) -> Outcome:
+        """Run one unit on an idle worker. Cancelling kills the worker: nothing less stops native code."""
+        async with self._turns:
+            slot = self._take()
+            slot.unit = unit.label
+            try:
+                if slot.pid is None:
+                    slot.host, slot.pid = await _result(slot.handle.place.remote())
+                started(slot.name)
+                outcome = await _result(slot.handle.run.remote(unit, workspace))
+            except _DEATHS as error:
+                self._drop(slot)
+                raise WorkerLost(_reason(error), value=slot.name) from error
+            except asyncio.CancelledError:
+                self._drop(slot)
+                await _wait_for_death(slot)
+                raise
+            except Exception:
+                self._give_back(slot)
+                raise
+            self._give_back(slot)
+            assert isinstance(outcome, Outcome)
+            return outcome
+
+    def release_idle(self) -> None:
+        """Let go of the workers that have been idle for long."""
+        expired = [slot for slot in self._idle if time.monotonic() - slot.idle_since >= self._idle_release_s]
+        for slot in expired:
+            self._drop(slot)
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Return name, process id and present unit of every worker."""
+        return [{"name": slot.name, "pid": slot.pid, "unit": slot.unit} for slot in self._slots.values()]
+
+    async def close(self) -> None:
+        for slot in list(self._slots.values()):
+            self._drop(slot)
+
+    def _take(self) -> _Slot:
+        # The one used last: its caches are warm, and the others get a chance to be released.
+        if self._idle:
+            return self._idle.pop()
+        number = next(n for n in range(1, self.parallelism + 2) if f"worker-{n}" not in self._slots)
+        name = f"worker-{number}"
+        handle = self._actor.remote(name, self._device, self._threads)
+        self._slots[name] = slot = _Slot(name, handle)
+        return slot
+
+    def _give_back(self, slot: _Slot) -> None:
+        slot.unit = None
+        slot.idle_since = time.monotonic()
+        self._idle.append(slot)
+
+    def _drop(self, slot: _Slot) -> None:
+        self._slots.pop(slot.name, None)
+        if slot in self._idle:
+            self._idle.remove(slot)
+        # Also one that is said to be dead: "unavailable" may come back, while its unit runs again elsewhere.
+        ray.kill(slot.handle, no_restart=True)
+
+
+async def _result(ref: Any) -> Any:
+    """Await an object on the running loop, and raise what the worker raised as itself."""
+    try:
+        return await asyncio.wrap_future(ref.future())
+    except RayTaskError as error:
+        _log.info("a unit raised:\n%s", error.traceback_str)
+        if isinstance(error.cause, RayError) or not isinstance(error.cause, Exception):
+            raise
+        raise error.cause from None
+
+
+async def _wait_for_death(slot: _Slot) -> None:
+    """Wait until a killed worker writes no more, so that its files can be removed after it."""
+    deadline = time.monotonic() + KILL_WAIT_S
+    with contextlib.suppress(*_DEATHS, TimeoutError):
+        await asyncio.wait_for(_result(slot.handle.place.remote()), KILL_WAIT_S)
+    # The cluster calls it dead a moment before the process is gone; only processes of this host can be seen.
+    while slot.host == socket.gethostname() and slot.pid and time.monotonic() < deadline:
+        try:
+            os.kill(slot.pid, 0)
+        except ProcessLookupError:
+            return
+        await asyncio.sleep(0.01)
+
+
+def _reason(error: RayError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:500] or type(error).__name__

@@ -1,0 +1,45 @@
+"""The actor that runs units: one at a time, on its own GPU or its share of the cores."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from aidocks.executor import Outcome
+from aidocks.plan import Unit, UnitContext, WorkerCache
+
+
+class Worker:
+    """Runs units. Loads nothing before the first unit asks for it.
+
+    Args:
+        name: Readable name, such as ``worker-1``.
+        device: Torch device of this worker.
+        threads: Threads that its linear algebra may use.
+    """
+
+    def __init__(self, name: str, device: str, threads: int) -> None:
+        self._name = name
+        self._device = device
+        self._threads = threads
+        self._cache = WorkerCache()
+        # Read by the libraries when they are first imported, which the first unit does.
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[variable] = str(threads)
+
+    def place(self) -> tuple[str, int]:
+        """Return host name and process id; answers as soon as the worker is up."""
+        return socket.gethostname(), os.getpid()
+
+    def run(self, unit: Unit[Any], workspace: Path) -> Outcome:
+        """Run one unit to its end."""
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(self._threads)
+        context = UnitContext(workspace, self._device, self._threads, self._cache)
+        begin = time.perf_counter()
+        result = unit.run(context)
+        return Outcome(result, time.perf_counter() - begin, self._name)
