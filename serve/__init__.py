@@ -1,0 +1,1 @@
+"""The HTTP front on Ray Serve. Never imports torch."""

@@ -1,0 +1,128 @@
+"""The HTTP application: :func:`create_api` without Ray, :func:`build_app` as a Ray Serve application.
+
+``serve run serve.app:app`` serves the installation that the environment describes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+
+from aidocks._version import __version__
+from aidocks.jobs.store import JobStore
+from aidocks.models.registry import Registry
+from aidocks.settings import Settings
+from serve.context import Context, problem_response
+from serve.document import describe
+from serve.gate import Gate
+from serve.pages import add_pages
+from serve.problems import handle_problems
+from serve.routes import health, jobs, models
+from serve.routes.operations import operations_router
+from serve.supervision import NoSupervisor, SupervisorLink
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+DESCRIPTION = """\
+Optimise, combine and publish open-weight language models.
+
+`POST` to an operation answers `202` with a **job**; `GET /jobs/{id}/events` follows it; what it makes is a
+**model** of the registry. Every error is problem details (RFC 9457) with a stable `code`.
+"""
+
+
+def create_api(settings: Settings, supervisor: SupervisorLink | None = None) -> FastAPI:
+    """Return the application for one installation. It needs neither Ray nor torch.
+
+    Args:
+        settings: Of the installation.
+        supervisor: Woken after each submission. Default: nobody; jobs wait in the store.
+    """
+    context = Context(
+        settings, JobStore(settings.store_url), Registry(settings.models_dir), supervisor or NoSupervisor()
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watch = asyncio.create_task(context.readiness.watch())
+        yield
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+        context.store.close()
+
+    api = FastAPI(
+        title="AIDocks",
+        version=__version__,
+        summary="A compute service for open-weight language models.",
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,
+        responses={"default": problem_response("Any other error.")},
+    )
+    api.state.context = context
+    # Routes in the order of how often they are asked for.
+    for router in (health.router, jobs.router, operations_router(), models.router):
+        api.include_router(router)
+    add_pages(api)
+    handle_problems(api)
+    api.add_middleware(Gate, allowed_hosts=_host_names(settings))
+    document: dict[str, Any] = {}
+
+    def openapi() -> dict[str, Any]:
+        return document or document.update(describe(api)) or document
+
+    api.openapi = openapi  # type: ignore[method-assign]
+    return api
+
+
+def build_app(settings: Settings) -> Application:
+    """Return the Ray Serve application for one installation.
+
+    The API is built in the replica, from the settings as plain data: nothing of it has to be picklable.
+    """
+    from ray import serve
+
+    values = settings.model_dump(mode="json")
+
+    def build() -> FastAPI:
+        from serve.log import log_to_file
+        from serve.supervision import RaySupervisor
+
+        here = Settings(**values)
+        log_to_file(here)
+        return create_api(here, RaySupervisor())
+
+    deployment = serve.deployment(
+        serve.ingress(build)(),
+        name="http",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=100,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        # Streams never end by themselves; their readers connect again.
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    application: Application = deployment.bind()
+    return application
+
+
+def _host_names(settings: Settings) -> set[str]:
+    # Whoever watches over the service asks on this machine; an address that it listens on is its own.
+    own = {"127.0.0.1", "localhost", "::1", settings.host} - {"0.0.0.0", "::"}  # noqa: S104 - not bound
+    return {*settings.allowed_hosts, *(f"[{host}]" if ":" in host else host for host in own)}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        return build_app(Settings())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

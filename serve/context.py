@@ -1,0 +1,57 @@
+"""What the routes work with: one object for the application, handed to each route that asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, Path, Request
+
+from aidocks.jobs.store import JobStore
+from aidocks.models.registry import Registry
+from aidocks.settings import Settings
+from serve.readiness import Readiness
+from serve.supervision import SupervisorLink
+
+
+@dataclass
+class Context:
+    """The application's state.
+
+    Attributes:
+        streams: Event streams that are open now.
+    """
+
+    settings: Settings
+    store: JobStore
+    registry: Registry
+    supervisor: SupervisorLink
+    readiness: Readiness = field(init=False)
+    streams: int = 0
+
+    def __post_init__(self) -> None:
+        self.readiness = Readiness(self.store, self.supervisor)
+
+
+async def _context(request: Request) -> Context:
+    return request.app.state.context  # type: ignore[no-any-return]
+
+
+Here = Annotated[Context, Depends(_context)]
+
+#: Printable ASCII; what is not cannot be an id, and some databases do not even take the question.
+ID_PATTERN = r"^[!-~]{1,64}$"
+JobId = Annotated[str, Path(description="Id of a job.", pattern=ID_PATTERN)]
+Name = Annotated[
+    str, Path(description="Name of a model in the registry.", examples=["smollm2-135m-instruct"])
+]
+
+
+def problems(*statuses: tuple[int, str]) -> dict[int | str, dict[str, Any]]:
+    """Return the documentation of answers that are problem details."""
+    return {status: problem_response(description) for status, description in statuses}
+
+
+def problem_response(description: str) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {"description": description, "content": {"application/problem+json": {"schema": schema}}}

@@ -1,0 +1,128 @@
+"""What every request passes: request id, host check, size limit, access log, and the last resort."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from aidocks.errors import AIDocksError, BodyTooLarge, HostNotAllowed
+from serve.problems import REQUEST_ID, problem_answer, unexpected_problem
+
+MAX_BODY_BYTES = 1_000_000
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+#: Asked every second by whoever watches the service; logged only when it is not well.
+_QUIET = frozenset({"/health"})
+
+_access = logging.getLogger("serve.access")
+log = logging.getLogger("serve.gate")
+
+
+class Gate:
+    """The outermost layer of the application.
+
+    Args:
+        app: What it protects.
+        allowed_hosts: Names for which the service answers, ``*`` for any. A web page can make a browser call
+            a service on its user's machine under a name of the page's own (DNS rebinding), which is not here.
+        max_body_bytes: Largest request body that is read.
+    """
+
+    def __init__(
+        self, app: ASGIApp, allowed_hosts: Iterable[str], max_body_bytes: int = MAX_BODY_BYTES
+    ) -> None:
+        self._app = app
+        self._hosts = frozenset(host.lower() for host in allowed_hosts)
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        scope[REQUEST_ID] = request_id if _REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
+        exchange = _Exchange(scope, receive, send, self._max_body_bytes)
+        try:
+            if refusal := self._refusal(headers):
+                await problem_answer(scope, refusal)(scope, receive, exchange.send)
+            else:
+                await self._app(scope, exchange.receive, exchange.send)
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"], extra={"fields": exchange.record()})
+            if exchange.status:
+                raise  # the server breaks the connection, so that half an answer does not look whole
+            await unexpected_problem(scope)(scope, receive, exchange.send)
+        finally:
+            if scope["path"] not in _QUIET or exchange.status != 200:
+                _access.info("%s %s", scope["method"], scope["path"], extra={"fields": exchange.record()})
+
+    def _refusal(self, headers: Headers) -> AIDocksError | None:
+        host = headers.get("host", "")
+        if "*" not in self._hosts and _without_port(host) not in self._hosts:
+            return HostNotAllowed(
+                f"This service does not answer to the host name {host[:200]!r}.",
+                hint="Add the name to AIDOCKS_ALLOWED_HOSTS where the service runs.",
+            )
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
+            return _too_large(self._max_body_bytes)
+        return None
+
+
+class _Exchange:
+    """One request and its answer, as they pass."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._max_body_bytes = max_body_bytes
+        self._received = 0
+        self._begun = time.perf_counter()
+        self.status = 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._received > self._max_body_bytes:
+            raise _too_large(self._max_body_bytes)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._scope[REQUEST_ID]
+            headers["x-content-type-options"] = "nosniff"
+        await self._send(message)
+
+    def record(self) -> dict[str, Any]:
+        """Return what the logs tell of the exchange; never a body or a query."""
+        return {
+            "request_id": self._scope[REQUEST_ID],
+            "method": self._scope["method"],
+            "path": self._scope["path"],
+            "status": self.status,
+            "ms": round((time.perf_counter() - self._begun) * 1000, 2),
+        }
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"The request body is larger than {limit:,} bytes.",
+        hint="Specs name models and texts by reference; their contents are not sent.",
+    )
+
+
+def _without_port(host: str) -> str:
+    host = host.strip().lower()
+    name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+    return name.removesuffix(".")

@@ -1,0 +1,144 @@
+"""``/jobs``: what was submitted, how it goes, and how to stop it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+
+from aidocks.errors import InvalidSpec, NotFound, ServiceUnreachable
+from aidocks.jobs.model import Event, Job, Status
+from aidocks.operations import find_operation
+from serve import sse
+from serve.context import ID_PATTERN, Context, Here, JobId, problems
+
+MAX_JOBS, MAX_EVENTS = 200, 1000
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first."""
+
+    jobs: list[Job]
+    has_more: bool = Field(description="There are older ones: ask again with `before`, the id of the last.")
+
+
+class EventPage(BaseModel):
+    """Events of one job, oldest first."""
+
+    events: list[Event]
+    has_more: bool = Field(description="There are later ones: ask again with `after`, the last sequence.")
+
+
+_UNKNOWN = problems((404, "There is no such job."))
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A page of events; or, when asked for, the stream of events: of each, `id` is the "
+        "sequence, `event` the type and `data` the event as JSON. It ends after the event that ends the job.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+
+@router.get("")
+def list_jobs(
+    here: Here,
+    status: Annotated[Status | None, Query(description="Only jobs of this status.")] = None,
+    operation: Annotated[str | None, Query(description="Only jobs of this operation.", max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_JOBS, description="Jobs on a page.")] = 50,
+    before: Annotated[
+        str | None, Query(pattern=ID_PATTERN, description="Id of the job at which the page before ended.")
+    ] = None,
+) -> JobPage:
+    """List jobs, newest first."""
+    found = here.store.list(status, _operation_name(operation), limit + 1, before)
+    return JobPage(jobs=found[:limit], has_more=len(found) > limit)
+
+
+@router.get("/{job_id}", responses=_UNKNOWN)
+def get_job(here: Here, job_id: JobId) -> Job:
+    """Return one job with its progress, and its result or error."""
+    return here.store.get(job_id)
+
+
+@router.post(
+    "/{job_id}/cancel",
+    response_description="The job has ended.",
+    responses={
+        202: {"model": Job, "description": "The job runs and has been asked to stop."},
+        **problems((404, "There is no such job."), (409, "The job has ended already.")),
+    },
+)
+def cancel_job(here: Here, job_id: JobId, response: Response) -> Job:
+    """Cancel a job: one that waits ends at once, one that runs after the units under way."""
+    job = here.store.request_cancel(job_id)
+    if not job.status.terminal:
+        response.status_code = 202
+    return job
+
+
+@router.get("/{job_id}/events", response_model=EventPage, responses=_STREAM | _UNKNOWN)
+async def job_events(
+    here: Here,
+    request: Request,
+    job_id: JobId,
+    after: Annotated[
+        int, Query(ge=0, le=2**31 - 1, description="Sequence of the last event that is known.")
+    ] = 0,
+    limit: Annotated[int, Query(ge=1, le=MAX_EVENTS, description="Events on a page.")] = 500,
+    stream: Annotated[bool | None, Query(description="Stream or page, whatever `Accept` says.")] = None,
+    last_event_id: Annotated[
+        str | None, Header(description="As `after`; browsers and clients send it when they connect again.")
+    ] = None,
+) -> Any:
+    """Return a page of events, or with `Accept: text/event-stream` (or `?stream=true`) follow them."""
+    if last_event_id:
+        after = _sequence(last_event_id)
+    if not (_accepts_stream(request) if stream is None else stream):
+        found = await run_in_threadpool(here.store.events, job_id, after, limit + 1)
+        return EventPage(events=found[:limit], has_more=len(found) > limit)
+    await run_in_threadpool(here.store.get, job_id)
+    if here.streams >= sse.MAX_STREAMS:
+        raise ServiceUnreachable(
+            f"{sse.MAX_STREAMS} readers follow jobs already.",
+            hint="Try again later, or ask for pages: GET /jobs/{id}/events?after=<sequence>.",
+        )
+    events = _counted(here, sse.event_stream(here.store, job_id, after))
+    return StreamingResponse(events, media_type="text/event-stream", headers=sse.HEADERS)
+
+
+async def _counted(here: Context, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    here.streams += 1
+    try:
+        async for event in events:
+            yield event
+    finally:
+        here.streams -= 1
+
+
+def _accepts_stream(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "").lower()
+
+
+def _sequence(last_event_id: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", last_event_id):
+        raise InvalidSpec(
+            "Last-Event-ID: Must be the sequence of an event.",
+            field="Last-Event-ID",
+            value=last_event_id[:100],
+            hint="Send the `id` of the last event that was received.",
+        )
+    return int(last_event_id)
+
+
+def _operation_name(name: str | None) -> str | None:
+    try:
+        return find_operation(name).name if name is not None else None
+    except NotFound as error:
+        raise InvalidSpec(error.message, field="operation", value=name, hint=error.hint) from None
