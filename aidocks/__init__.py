@@ -1,0 +1,58 @@
+"""AIDocks: the dry dock for open-weight language models.
+
+>>> from aidocks import Client
+>>> result = Client().laser(base_model_name="smollm2-135m-instruct", laser_model_name="my-laser").wait()
+
+Importing this package imports nothing else; each name below is imported when it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from aidocks._version import __version__
+
+if TYPE_CHECKING:
+    from aidocks.client.http import AsyncClient, Client
+    from aidocks.client.job import AsyncJobHandle, JobHandle
+    from aidocks.errors import AIDocksError
+    from aidocks.specs.laser import LaserResult, LaserSpec
+    from aidocks.specs.moe import ExpertSpec, MoEResult, MoESpec
+
+__all__ = [
+    "AIDocksError",
+    "AsyncClient",
+    "AsyncJobHandle",
+    "Client",
+    "ExpertSpec",
+    "JobHandle",
+    "LaserResult",
+    "LaserSpec",
+    "MoEResult",
+    "MoESpec",
+    "__version__",
+]
+
+_MODULES = {
+    "AIDocksError": "aidocks.errors",
+    "AsyncClient": "aidocks.client.http",
+    "AsyncJobHandle": "aidocks.client.job",
+    "Client": "aidocks.client.http",
+    "ExpertSpec": "aidocks.specs.moe",
+    "JobHandle": "aidocks.client.job",
+    "LaserResult": "aidocks.specs.laser",
+    "LaserSpec": "aidocks.specs.laser",
+    "MoEResult": "aidocks.specs.moe",
+    "MoESpec": "aidocks.specs.moe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'aidocks' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,69 @@
+"""`aidocks ask`: one question to a model of this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aidocks.cli.options import Json
+from aidocks.cli.output import err, manner, print_json, remark
+from aidocks.errors import MissingExtra
+
+
+def ask(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Registry name, hub model or directory.", show_default=False)
+    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token each time; above, tokens are drawn.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
+    json: Json = False,
+) -> None:
+    """Ask a model of this machine a question; the answer appears as it is generated."""
+    path = locate(model)
+    try:
+        from aidocks.evaluate.generate import answer
+
+        if not manner.json and err().is_terminal:
+            err().print("[dim]loading[/]", end="\r")
+        answered = answer(
+            path,
+            question,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            on_text=None if manner.json else write_piece,
+        )
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"Asking a model needs {error.name}, which is not installed.",
+            hint="Install what runs models: pip install 'aidocks[local]'.",
+        ) from error
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        raise typer.Exit(130) from None
+    if manner.json:
+        print_json({"model": model, "path": str(path), "question": question, **vars(answered)})
+    else:
+        sys.stdout.write("\n")
+        remark(f"{answered.tokens} tokens in {answered.seconds:.1f} s, {answered.tokens_per_s:.1f} tokens/s")
+
+
+def locate(model: str) -> Path:
+    """Return the directory of a model of this machine; its user may name any path."""
+    from aidocks.models.resolve import ModelResolver
+    from aidocks.settings import Settings
+
+    return ModelResolver(Settings().models_dir, (Path("/"),)).resolve(model).path
+
+
+def write_piece(text: str) -> None:
+    """Print a piece of an answer at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

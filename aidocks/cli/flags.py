@@ -1,0 +1,140 @@
+"""From the fields of a spec to command-line flags: names, types, choices, help; and from flags back to fields."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from aidocks.errors import InvalidSpec
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from aidocks.specs.base import Spec
+
+_SCALARS = (bool, int, float, str)
+_BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "more than"), (Le, "le", "at most"), (Lt, "lt", "less than"))
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How one field of a spec is given on the command line.
+
+    Attributes:
+        field: Name of the field.
+        annotation: What the command-line parser shall read; never given means None.
+        metavar: Shown instead of the type where that says more.
+        decode: Turns what was read into the field's value.
+    """
+
+    field: str
+    annotation: Any
+    help: str
+    metavar: str | None
+    decode: Callable[[Any], Any]
+
+    @property
+    def option(self) -> str:
+        name = self.field.replace("_", "-")
+        return f"--{name}/--no-{name}" if self.annotation is bool else f"--{name}"
+
+
+def flags_of(spec_type: type[Spec]) -> tuple[Flag, ...]:
+    """Return one flag for each field, in the order of the spec."""
+    return tuple(_flag(name, field) for name, field in spec_type.model_fields.items())
+
+
+def given_fields(flags: Sequence[Flag], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the flags that were given.
+
+    Raises:
+        InvalidSpec: JSON text that is none.
+    """
+    return {flag.field: flag.decode(values[flag.field]) for flag in flags if values[flag.field] is not None}
+
+
+def _flag(name: str, field: FieldInfo) -> Flag:
+    annotation, metavar, decode = _reading(name, _bare(field.annotation))
+    return Flag(name, annotation, _help(field), metavar, decode)
+
+
+def _reading(name: str, kind: Any) -> tuple[Any, str | None, Callable[[Any], Any]]:
+    """Return what the parser reads for a field of type ``kind``, how that is shown, and how it becomes the value."""
+    if kind in _SCALARS:
+        return kind, None, _as_it_is
+    if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
+        return kind, None, _as_it_is
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind, None, lambda choice: choice.value
+    origin = get_origin(kind)
+    if isinstance(origin, type) and issubclass(origin, Sequence | AbstractSet):
+        elements = {_bare(element) for element in get_args(kind) if element is not Ellipsis}
+        if all(_is_word(element) for element in elements):
+            return list[str], f"{'|'.join(sorted(map(_word_name, elements)))},...", lambda given: _items(name, given)
+    if origin in (Union, types.UnionType) and all(_is_word(_bare(member)) for member in get_args(kind)):
+        return str, "|".join(_word_name(_bare(member)) for member in get_args(kind)), _as_it_is
+    return str, "JSON", lambda given: _parsed(name, given)
+
+
+def _bare(annotation: Any) -> Any:
+    """Return ``annotation`` without ``Annotated`` and without the alternative None."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        return _bare(members[0]) if len(members) == 1 else Union[tuple(members)]  # noqa: UP007 - made at run time
+    return annotation
+
+
+def _is_word(kind: Any) -> bool:
+    return kind in _SCALARS or get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum))
+
+
+def _word_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if issubclass(kind, Enum):
+        return "|".join(str(choice.value) for choice in kind)
+    return str(kind.__name__)
+
+
+def _as_it_is(given: Any) -> Any:
+    return given
+
+
+def _items(name: str, given: list[str]) -> list[Any]:
+    """Read a list: flags repeated, values separated by commas, or one JSON array."""
+    if len(given) == 1 and given[0].lstrip().startswith("["):
+        parsed: list[Any] = _parsed(name, given[0])
+        return parsed
+    return [item.strip() for text in given for item in text.split(",")]
+
+
+def _parsed(name: str, given: str) -> Any:
+    from aidocks.specs.read import parse_json
+
+    try:
+        return parse_json(given)
+    except InvalidSpec as error:
+        raise InvalidSpec(error.message, field=name, value=given, hint=error.hint) from None
+
+
+def _help(field: FieldInfo) -> str:
+    from rich.markup import escape
+
+    facts = [
+        f"{words} {bound}"
+        for kind, attribute, words in _BOUNDS
+        for bound in [getattr(item, attribute) for item in field.metadata if isinstance(item, kind)]
+    ]
+    if field.is_required():
+        facts.append("required")
+    elif isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
+        facts.append(f"default: {field.default.value if isinstance(field.default, Enum) else field.default}")
+    return escape(field.description or "") + (f" [dim]({escape(', '.join(facts))})[/]" if facts else "")

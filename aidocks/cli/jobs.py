@@ -1,0 +1,117 @@
+"""`aidocks jobs`: what was submitted, what runs, what became of it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aidocks.cli.options import Json, Url, connect
+from aidocks.cli.output import manner, out, print_json, print_text, remark
+
+if TYPE_CHECKING:
+    from aidocks.jobs.model import Event, Job
+
+app = typer.Typer(no_args_is_help=True, help="List, watch and cancel jobs.", rich_markup_mode="rich")
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.", show_default=False)]
+
+
+@app.command("list")
+def list_jobs(
+    status: Annotated[
+        str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.", metavar="STATUS")
+    ] = None,
+    operation: Annotated[str | None, typer.Option(help="Only jobs of this operation.", metavar="NAME")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="Jobs to show.")] = 20,
+    before: Annotated[str | None, typer.Option(metavar="JOB", help="Only jobs submitted before this one.")] = None,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """List jobs, newest first."""
+    with connect(url) as client:
+        listed = [handle.job for handle in client.jobs(status, operation, limit, before)]
+    if manner.json:
+        print_json([job.model_dump(mode="json") for job in listed])
+    elif not listed:
+        remark("There are no such jobs.")
+    else:
+        from aidocks.cli.render import table_of
+
+        out().print(table_of([_row(job) for job in listed]))
+
+
+@app.command("show")
+def show_job(job: JobId, json: Json = False, url: Url = None) -> None:
+    """Show one job: its request, progress, result or error."""
+    with connect(url) as client:
+        shown = client.job(job).job
+    document = shown.model_dump(mode="json")
+    if manner.json:
+        print_json(document)
+        return
+    from aidocks.cli.render import fact_table
+
+    spec = document.pop("spec")
+    out().print(fact_table({name: value for name, value in document.items() if value is not False}))
+    out().print("[bold]request[/]")
+    out().print(fact_table({f"  {name}": value for name, value in spec.items()}))
+
+
+@app.command("watch")
+def watch_job(job: JobId, json: Json = False, url: Url = None) -> None:
+    """Show a job's progress until it is over, then its result."""
+    from aidocks.cli.run import watch
+
+    with connect(url) as client:
+        watch(client.job(job))
+
+
+@app.command("cancel")
+def cancel_job(job: JobId, json: Json = False, url: Url = None) -> None:
+    """Cancel a job. What it had not published is removed."""
+    with connect(url) as client:
+        cancelled = client.job(job).cancel().job
+    if manner.json:
+        print_json(cancelled.model_dump(mode="json"))
+    else:
+        print_text(f"{cancelled.id} {'cancelled' if cancelled.status.terminal else 'is being cancelled'}")
+
+
+@app.command("events")
+def list_events(
+    job: JobId,
+    after: Annotated[int, typer.Option(min=0, help="Begin behind the event of this number.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document a line.")] = False,
+    url: Url = None,
+) -> None:
+    """Print a job's history."""
+    with connect(url) as client:
+        handle = client.job(job)
+        history = handle.events(after) if follow else handle.history(after)
+        for event in history:
+            print_text(event.model_dump_json() if json else _line(event))
+
+
+def _row(job: Job) -> dict[str, Any]:
+    progress = f"{job.progress.stage} {100 * job.progress.fraction:.0f}%" if job.progress else ""
+    end = job.finished_at or datetime.now(UTC)
+    return {
+        "job": job.id,
+        "operation": job.operation,
+        "status": str(job.status),
+        "progress": "" if job.status.terminal else progress,
+        "model": job.output_name or "",
+        "created": f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
+        "ran_s": (end - job.started_at).total_seconds() if job.started_at else None,
+    }
+
+
+def _line(event: Event) -> str:
+    from aidocks.client.wording import sentence
+
+    told = sentence(event)
+    facts = told if told is not None else " ".join(f"{name}={value}" for name, value in event.data.items())
+    return f"{event.sequence:5d}  {event.time.astimezone():%H:%M:%S}  {event.type:<16} {facts}".rstrip()

@@ -1,0 +1,104 @@
+"""Running an operation: at a service, watched or not, or in this process."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from aidocks.cli.options import connect
+from aidocks.cli.output import err, manner, print_json, print_text, remark
+from aidocks.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aidocks.client.job import JobHandle
+    from aidocks.jobs.model import Event, Job
+    from aidocks.specs.base import Spec
+
+INTERRUPTED = 130
+
+
+def submit(operation: str, spec: Spec, *, url: str | None, detach: bool, idempotency_key: str | None) -> None:
+    """Submit a job to a service and, unless ``detach``, watch it to its end."""
+    with connect(url) as client:
+        handle = client.submit(operation, spec, idempotency_key=idempotency_key)
+        if detach:
+            print_json(handle.job.model_dump(mode="json")) if manner.json else print_text(handle.id)
+        else:
+            remark(f"job {handle.id} at {client.url}")
+            watch(handle)
+
+
+def watch(handle: JobHandle) -> None:
+    """Show a job's progress until it is over, then its result.
+
+    Raises:
+        JobFailed: It failed.
+        JobCancelled: It was cancelled.
+    """
+    try:
+        with _progress() as show:
+            for event in handle.events():
+                show(event)
+        job = handle.refresh().job
+    except KeyboardInterrupt:
+        remark(
+            f"The job goes on.  Watch it: aidocks jobs watch {handle.id}   Cancel it: aidocks jobs cancel {handle.id}"
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    finish(job)
+
+
+def run_here(operation: str, spec: Spec) -> None:
+    """Run an operation in this process.
+
+    Raises:
+        MissingExtra: This installation is a client only.
+    """
+    from aidocks.settings import Settings
+
+    try:
+        from aidocks.jobs.runner import run_locally
+
+        with _progress() as show:
+            job = run_locally(operation, spec, Settings(), on_event=show)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"--local needs {error.name}, which is not installed.",
+            hint="Install what runs operations: pip install 'aidocks[local]'.",
+        ) from error
+    except KeyboardInterrupt:
+        remark("The job was cancelled; nothing of it remains.")
+        raise typer.Exit(INTERRUPTED) from None
+    finish(job)
+
+
+def finish(job: Job) -> None:
+    """Print the result of a job that is over.
+
+    Raises:
+        JobFailed: It failed.
+        JobCancelled: It was cancelled.
+    """
+    from aidocks.client.job import result_of
+
+    result = result_of(job)
+    if manner.json:
+        print_json(job.model_dump(mode="json"))
+        return
+    from aidocks.cli.output import out
+    from aidocks.cli.render import result_view
+
+    for part in result_view(result.model_dump(mode="json")):
+        out().print(part)
+
+
+def _progress() -> AbstractContextManager[Callable[[Event], Any]]:
+    if manner.json:
+        return nullcontext(lambda _: None)
+    from aidocks.client.progress import shown_progress
+
+    return shown_progress(err())

@@ -1,0 +1,190 @@
+"""What is said over HTTP, without saying it: requests as values, shared by the synchronous and the async client."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from aidocks.client.download import ModelFile
+from aidocks.client.problems import error_from_response
+from aidocks.errors import AIDocksError, ServiceUnreachable
+from aidocks.jobs.model import Event, Job, Status
+from aidocks.models.registry import Manifest, ModelInfo
+from aidocks.operations import find_operation
+from aidocks.specs.base import Spec
+
+AnswerT = TypeVar("AnswerT")
+
+#: Answers that say "try again": too many requests, and a service that is starting, stopping or full.
+_TRY_AGAIN = frozenset({429, 503})
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 5.0
+
+
+@dataclass(frozen=True)
+class Call(Generic[AnswerT]):
+    """One request, and how its answer is read.
+
+    Attributes:
+        read: Turns the JSON of a successful answer into what the caller gets.
+        repeatable: Sending it twice has the effect of sending it once, so a lost answer may be asked for again.
+    """
+
+    method: str
+    path: str
+    read: Callable[[Any], AnswerT]
+    params: dict[str, str] = field(default_factory=dict)
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=lambda: {"Accept": "application/json"})
+    repeatable: bool = True
+
+    def request(self) -> dict[str, Any]:
+        """Return the keyword arguments of an httpx ``request``."""
+        arguments: dict[str, Any] = {"method": self.method, "url": self.path, "headers": self.headers}
+        if self.params:
+            arguments["params"] = self.params
+        if self.body is not None:
+            arguments["json"] = self.body
+        return arguments
+
+    def answer(self, response: httpx.Response) -> AnswerT:
+        """Read a response.
+
+        Raises:
+            AIDocksError: The one that an unsuccessful response describes.
+        """
+        if not response.is_success:
+            raise error_from_response(response)
+        try:
+            return self.read(response.json() if response.content else None)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ServiceUnreachable(
+                f"What answers {self.method} {response.request.url} is not an AIDocks service of this version.",
+                hint="See `aidocks status`, or set AIDOCKS_URL.",
+            ) from error
+
+
+class Retries:
+    """Decides after each failure of one call how long to wait before the next attempt, or that it was the last."""
+
+    def __init__(self, call: Call[Any], url: str, patience_s: float) -> None:
+        self._call = call
+        self._url = url
+        self._deadline = time.monotonic() + patience_s
+        self._delay = _FIRST_DELAY_S
+
+    def after_error(self, error: httpx.TransportError) -> float:
+        """Return the seconds to wait after a failed transport.
+
+        Raises:
+            ServiceUnreachable: Patience is over, or the request may have had its effect and must not be repeated.
+        """
+        never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+        delay = self._next()
+        if delay is None or not (never_sent or self._call.repeatable):
+            raise unreachable(self._url, error) from error
+        return delay
+
+    def after_response(self, response: httpx.Response) -> float | None:
+        """Return the seconds to wait after a response that asks to try again, None when it is the answer."""
+        if response.status_code not in _TRY_AGAIN:
+            return None
+        asked = response.headers.get("Retry-After", "")
+        return self._next(float(asked) if asked.isdecimal() else 0.0)
+
+    def _next(self, at_least: float = 0.0) -> float | None:
+        delay = max(self._delay, at_least)
+        self._delay = min(2 * self._delay, _LONGEST_DELAY_S)
+        return delay if time.monotonic() + delay < self._deadline else None
+
+
+def unreachable(url: str, error: Exception | None = None) -> ServiceUnreachable:
+    """Return the error that says so, with the reason when it is not simply a refused connection."""
+    reason = "" if error is None or isinstance(error, httpx.ConnectError) else f" ({error or type(error).__name__})"
+    return ServiceUnreachable(
+        f"No AIDocks service answers at {url}{reason}.",
+        hint="Start it with `aidocks up`, or set AIDOCKS_URL to where it is.",
+    )
+
+
+def submission(
+    operation: str, spec: Spec | Mapping[str, Any] | None, fields: Mapping[str, Any], idempotency_key: str | None
+) -> Call[Job]:
+    """Return the call that submits a job. Without a key of the caller's it carries one of its own.
+
+    Raises:
+        NotFound: There is no such operation.
+    """
+    if isinstance(spec, Spec):
+        body = spec.model_dump(mode="json", exclude_unset=True)
+    else:
+        body = dict(spec or {})
+    return Call(
+        "POST",
+        f"/{find_operation(operation).name}",
+        Job.model_validate,
+        body=body | dict(fields),
+        headers={"Accept": "application/json", "Idempotency-Key": idempotency_key or uuid.uuid4().hex},
+    )
+
+
+def get_job(job_id: str) -> Call[Job]:
+    return Call("GET", f"/jobs/{_segment(job_id)}", Job.model_validate)
+
+
+def cancel_job(job_id: str) -> Call[Job]:
+    return Call("POST", f"/jobs/{_segment(job_id)}/cancel", Job.model_validate, repeatable=False)
+
+
+def list_jobs(
+    status: Status | str | None, operation: str | None, limit: int, before: str | None
+) -> Call[list[Job]]:
+    params = {"status": status, "operation": operation, "limit": str(limit), "before": before}
+    return Call("GET", "/jobs", _listing("jobs", Job.model_validate), params={k: str(v) for k, v in params.items() if v})
+
+
+def list_events(job_id: str, after: int) -> Call[list[Event]]:
+    return Call("GET", events_path(job_id), _listing("events", Event.model_validate), params={"after": str(after)})
+
+
+def list_files(model: str) -> Call[list[ModelFile]]:
+    return Call("GET", f"/models/{_segment(model)}/files", _listing("files", ModelFile.model_validate))
+
+
+def list_models() -> Call[list[ModelInfo]]:
+    return Call("GET", "/models", _listing("models", ModelInfo.model_validate))
+
+
+def get_model(name: str) -> Call[Manifest]:
+    return Call("GET", f"/models/{_segment(name)}", Manifest.model_validate)
+
+
+def delete_model(name: str) -> Call[None]:
+    return Call("DELETE", f"/models/{_segment(name)}", lambda _: None, repeatable=False)
+
+
+def get_health() -> Call[dict[str, Any]]:
+    return Call("GET", "/health", dict)
+
+
+def events_path(job_id: str) -> str:
+    return f"/jobs/{_segment(job_id)}/events"
+
+
+def file_path(model: str, path: str) -> str:
+    return f"/models/{_segment(model)}/files/{quote(path)}"
+
+
+def _segment(name: str) -> str:
+    if not name:
+        raise AIDocksError("The name is empty.")
+    return quote(name, safe="")
+
+
+def _listing(key: str, read: Callable[[Any], AnswerT]) -> Callable[[Any], list[AnswerT]]:
+    return lambda answer: [read(item) for item in (answer[key] if isinstance(answer, dict) else answer)]
