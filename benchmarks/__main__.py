@@ -1,0 +1,53 @@
+"""Run benchmarks, print their ratios and write ``benchmarks/results/<date>.json``.
+
+    python -m benchmarks                 all of them
+    python -m benchmarks health scan     some of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks.comparison import Comparison, machine
+
+#: Modules beside this one; each has ``run() -> list[Comparison]`` and says in its docstring what it compares.
+NAMES = ("command_line", "health", "start_up", "scan", "assembly")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Figures beside their limit or peer.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES)} (default: all)")
+    chosen = parser.parse_args().names or list(NAMES)
+    if unknown := set(chosen) - set(NAMES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    results: list[Comparison] = []
+    for name in chosen:
+        for comparison in import_module(f"benchmarks.{name}").run():
+            results.append(comparison)
+            print(line(comparison), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}.json"
+    report = {"machine": machine(), "results": [asdict(r) | {"ratio": r.ratio} for r in results]}
+    target.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written: {target}")
+
+
+def line(comparison: Comparison) -> str:
+    """Format one result for people: medians, ratio, facts."""
+    text = f"{comparison.name}: {statistics.median(comparison.ours):.4g} {comparison.unit}"
+    if comparison.ratio is not None:
+        other = f"{statistics.median(comparison.other):.4g} {comparison.unit}"
+        text += f" | {comparison.other_name}: {other} | ratio {comparison.ratio:.3g}"
+    facts = ", ".join(f"{key} {value}" for key, value in comparison.facts.items())
+    return f"{text} | {facts}" if facts else text
+
+
+if __name__ == "__main__":
+    main()

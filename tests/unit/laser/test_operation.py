@@ -1,0 +1,389 @@
+"""/laser from spec to registry model, in this process, on small real models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aidocks.models.registry import Registry
+from pydantic import BaseModel
+
+from aidocks.errors import AIDocksError, IncompatibleModels, InvalidSpec, PathNotAllowed
+from aidocks.evaluate.perplexity import MeasurePerplexity
+from aidocks.jobs.submit import plan_context
+from aidocks.laser.operation import Laser
+from aidocks.plan import Unit, UnitContext
+from aidocks.settings import Settings
+from aidocks.specs.laser import LaserResult, LaserSpec
+
+SMALL: dict[str, Any] = {
+    "seqlen": 48,
+    "chunks": 12,
+    "kinds": ["k_proj", "o_proj"],
+    "rule": "laserrmt",
+    "selection": "exhaustive",
+    "z_threshold": 1.5,
+}
+
+
+class Killed(BaseException):
+    """The process that drives the plan is gone."""
+
+
+class Driver:
+    """Runs plans on simulated workers; everything that crosses a process boundary goes through JSON."""
+
+    def __init__(self, settings: Settings, parallelism: int = 1, job_id: str = "job-1") -> None:
+        self.context = plan_context(settings, job_id, parallelism=parallelism, say=self._say)
+        self.journal: dict[str, BaseModel] = {}
+        self.messages: list[str] = []
+        self.stages: list[str] = []
+        self.ran: list[str] = []
+        self._workers = [UnitContext(self.context.workspace) for _ in range(parallelism)]
+
+    def _say(self, text: str) -> None:
+        self.messages.append(text)
+
+    def run(self, spec: LaserSpec, kill_after: int | None = None) -> LaserResult:
+        self.context.workspace.mkdir(parents=True, exist_ok=True)
+        Laser().preflight(spec, self.context)
+        plan = Laser().plan(spec, self.context)
+        results: list[BaseModel] | None = None
+        try:
+            while True:
+                stage = next(plan) if results is None else plan.send(results)
+                self.stages.append(stage.name)
+                # Backwards and spread over the workers: no unit may rely on another having run where it runs.
+                for number, unit in reversed(list(enumerate(stage.units))):
+                    if kill_after is not None and len(self.ran) >= kill_after:
+                        raise Killed
+                    self._run(unit, self._workers[number % len(self._workers)])
+                results = [self.journal[unit.unit_id] for unit in stage.units]
+        except StopIteration as stop:
+            result: LaserResult = stop.value
+            return result
+
+    def _run(self, unit: Unit[Any], worker: UnitContext) -> None:
+        if unit.unit_id in self.journal:
+            return
+        carried = type(unit).model_validate_json(unit.model_dump_json())
+        assert carried.unit_id == unit.unit_id
+        result = carried.run(worker)
+        self.ran.append(unit.label)
+        self.journal[unit.unit_id] = unit.result_type.model_validate_json(result.model_dump_json())
+
+
+def spec(base: str, name: str = "result", **fields: Any) -> LaserSpec:
+    return LaserSpec(base_model_name=base, laser_model_name=name, **(SMALL | fields))
+
+
+@pytest.fixture
+def base(settings: Settings, stories260k: Path) -> str:
+    Registry(settings.models_dir).import_checkpoint("stories", stories260k)
+    return "stories"
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Hashes of all files whose bytes must not depend on how the job was run."""
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in ("aidocks.json", "README.md")
+    }
+
+
+def tensors(directory: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def test_a_whole_run(settings: Settings, base: str) -> None:
+    import torch
+
+    registry = Registry(settings.models_dir)
+    driver = Driver(settings)
+    result = driver.run(spec(base))
+    assert result.accepted, "the threshold of this test is so low that something must pass it"
+    assert result.candidates_tried == 10
+    assert result.matrices_scanned == 10
+    path = registry.path("result")
+    assert result.path == str(path)
+
+    # What was written is what was measured.
+    measured = MeasurePerplexity(model=path, split="search", seq_length=48, chunks=12).run(UnitContext(path))
+    assert measured.perplexity == pytest.approx(result.search.after, rel=1e-12)
+    assert result.search.after is not None
+    assert result.search.before is not None
+    assert result.search.after < result.search.before
+
+    # Exactly the accepted matrices changed, to the ranks that were reported.
+    before, after = tensors(registry.path(base)), tensors(path)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {accepted.name for accepted in result.accepted}
+    for accepted in result.accepted:
+        assert int(torch.linalg.matrix_rank(after[accepted.name], rtol=1e-4)) == accepted.rank
+        assert accepted.rank < accepted.full_rank
+        assert accepted.z <= -1.5
+
+    ledger = json.loads((path / "report" / "ledger.json").read_text())
+    assert len(ledger["candidates"]) == 10
+    assert {line["name"] for line in ledger["candidates"] if line["accepted"]} == changed
+    assert len(json.loads((path / "report" / "spectra.json").read_text())) == 10
+    for picture in result.pictures:
+        assert (path / picture).read_bytes().startswith(b"\x89PNG")
+    assert len(result.pictures) == 3
+
+    manifest = registry.manifest("result")
+    assert manifest.operation == "laser"
+    assert manifest.parents[0].reference == base
+    assert manifest.metrics["held_out"]["z"] == result.held_out.z
+    listed = {file.path for file in manifest.files}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "report/ledger.json"} <= listed
+    assert not list(path.rglob("*.tmp*"))
+
+
+def test_workers_and_interruptions_leave_no_trace_in_the_result(
+    tiny_llama: Any, settings: Settings, tmp_path: Path
+) -> None:
+    source = tiny_llama(tmp_path / "two-shards", max_shard_size="400KB", seed=3)
+    assert len(list(source.glob("*.safetensors"))) > 1
+    registry = Registry(settings.models_dir)
+    registry.import_checkpoint("tiny", source)
+    fields = {"max_shard_size": "400KB"}
+
+    reference = Driver(settings, job_id="job-reference")
+    expected = reference.run(spec("tiny", "reference", **fields))
+    assert len(expected.accepted) >= 2
+    files = digests(registry.path("reference"))
+    assert "model.safetensors.index.json" in files
+
+    parallel = Driver(settings, parallelism=4, job_id="job-parallel")
+    result = parallel.run(spec("tiny", "parallel", **fields))
+    assert same(result, expected)
+    assert digests(registry.path("parallel")) == files
+
+    units = len(reference.ran)
+    for kill_after in (1, units // 3, units // 2, units - 3, units - 1):
+        name = f"resumed-{kill_after}"
+        driver = Driver(settings, job_id=f"job-{name}")
+        with pytest.raises(Killed):
+            driver.run(spec("tiny", name, **fields), kill_after)
+        assert same(driver.run(spec("tiny", name, **fields)), expected)
+        assert digests(registry.path(name)) == files
+        assert len(driver.ran) == units, "a finished unit was run again"
+
+
+def same(one: LaserResult, other: LaserResult) -> bool:
+    return one.model_dump(exclude={"model", "path"}) == other.model_dump(exclude={"model", "path"})
+
+
+def save_mixtral(directory: Path, tiny_llama: Any) -> Path:
+    """Save a random mixture of experts, with the tokenizer of the small Llama."""
+    import torch
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(5)
+    config = MixtralConfig(
+        vocab_size=512,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        max_position_embeddings=256,
+    )
+    MixtralForCausalLM(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_llama(directory / "llama")).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kinds"), [("gpt2", ["c_fc", "c_proj", "c_attn"]), ("mixtral", ["w1", "w2", "w3"])]
+)
+def test_other_architectures(
+    architecture: str, kinds: list[str], settings: Settings, tiny_llama: Any, tmp_path: Path, request: Any
+) -> None:
+    if architecture == "gpt2":
+        source = request.getfixturevalue("shared_data") / "models" / "gpt2-shakespeare-char"
+    else:
+        source = save_mixtral(tmp_path / "mixtral", tiny_llama)
+    registry = Registry(settings.models_dir)
+    registry.import_checkpoint("other", source)
+    result = Driver(settings).run(spec("other", kinds=kinds, z_threshold=0.2, rule="marchenko_pastur"))
+    assert result.accepted
+    path = registry.path("result")
+    measured = MeasurePerplexity(model=path, split="search", seq_length=48, chunks=12).run(UnitContext(path))
+    assert measured.perplexity == pytest.approx(result.search.after, rel=1e-9)
+
+
+def test_a_job_that_died_after_publication_ends_with_the_same_result(settings: Settings, base: str) -> None:
+    driver = Driver(settings)
+    result = driver.run(spec(base, z_threshold=50))
+    driver.journal.clear()
+    stages = len(driver.stages)
+    again = Laser().plan(spec(base, z_threshold=50), driver.context)
+    with pytest.raises(StopIteration) as stop:
+        next(again)
+    assert stop.value.value == result
+    assert len(driver.stages) == stages
+
+
+def test_when_nothing_helps_the_result_is_the_base(settings: Settings, base: str) -> None:
+
+    driver = Driver(settings)
+    result = driver.run(spec(base, z_threshold=50))
+    assert result.accepted == ()
+    assert result.search.before == result.search.after
+    assert result.held_out.z is None
+    assert any("unchanged" in message for message in driver.messages)
+    registry = Registry(settings.models_dir)
+    assert (
+        digests(registry.path("result"))["model.safetensors"]
+        == digests(registry.path(base))["model.safetensors"]
+    )
+
+
+def test_a_search_that_held_out_chunks_contradict_is_withdrawn(
+    settings: Settings, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aidocks.evaluate.perplexity import Comparison
+    from aidocks.laser import search
+
+    honest = search.compare
+
+    def contradict(before: Any, after: Any) -> Comparison:
+        real = honest(before, after)
+        held_out = before.positions != positions[0] and real.delta != 0
+        return Comparison(delta=0.1, standard_error=0.01, z=10.0) if held_out else real
+
+    positions: list[Any] = []
+    monkeypatch.setattr(search, "compare", lambda a, b: (positions.append(a.positions), contradict(a, b))[1])
+    driver = Driver(settings)
+    result = driver.run(spec(base))
+    assert result.withdrawn
+    assert result.accepted == ()
+    assert result.search.before == result.search.after
+    ledger = json.loads((Registry(settings.models_dir).path("result") / "report" / "ledger.json").read_text())
+    assert "withdrawn" in {line["verdict"] for line in ledger["candidates"]}
+    assert any("contradict" in message for message in driver.messages)
+
+
+def test_the_noisiest_matrices_are_tried_first(settings: Settings, base: str) -> None:
+    result = Driver(settings).run(spec(base, selection="snr", top_k_layers=3, kinds=None, z_threshold=50))
+    assert (result.candidates_tried, result.matrices_scanned) == (3, 35)
+    report = Registry(settings.models_dir).path("result") / "report"
+    ratios = sorted(
+        s["decisions"]["marchenko_pastur"]["snr"] for s in json.loads((report / "spectra.json").read_text())
+    )
+    tried = [line["snr"] for line in json.loads((report / "ledger.json").read_text())["candidates"]]
+    assert tried == ratios[:3]
+
+
+def test_exhaustive_tries_every_matrix_of_the_chosen_kinds(settings: Settings, base: str) -> None:
+    fields = {"kinds": ["q_proj", "up_proj"], "layers": "1-2", "z_threshold": 50}
+    driver = Driver(settings)
+    result = driver.run(spec(base, **fields))
+    assert result.candidates_tried == result.matrices_scanned == 4
+
+
+def test_the_local_door(settings: Settings, base: str) -> None:
+    from aidocks.jobs.runner import run_locally
+
+    job = run_locally("laser", spec(base, layers="2", z_threshold=50), settings)
+    assert job.status == "succeeded", job.error
+    assert job.result is not None
+    result = LaserResult.model_validate(job.result)
+    assert result.seconds is not None
+    assert result.seconds > 0
+    assert Registry(settings.models_dir).exists("result")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "field"),
+    [
+        ({"base_model_name": "storeys"}, AIDocksError, "base_model_name"),
+        ({"layers": [77]}, InvalidSpec, "layers"),
+        ({"kinds": ["q"]}, InvalidSpec, "kinds"),
+        ({"text": "poetry"}, InvalidSpec, "text"),
+        ({"text": "/etc/motd.txt"}, PathNotAllowed, "text"),
+        ({"chunks": 90_000}, InvalidSpec, "chunks"),
+        ({"seqlen": 513}, InvalidSpec, "seqlen"),
+        ({"max_shard_size": "big"}, InvalidSpec, "max_shard_size"),
+    ],
+)
+def test_preflight_names_the_field(
+    settings: Settings, base: str, fields: dict[str, Any], error: type[AIDocksError], field: str
+) -> None:
+    given = spec(base).model_dump() | fields
+    with pytest.raises(error) as caught:
+        Laser().preflight(LaserSpec(**given), plan_context(settings, "job-1"))
+    assert caught.value.field == field
+    assert not (settings.workspaces_dir / "job-1").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "remove", "message"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, None, "not a causal"),
+        ({"quantization_config": {"quant_method": "awq"}}, None, "quantised"),
+        ({}, "tokenizer.json", "no tokenizer"),
+    ],
+)
+def test_unsuitable_models(
+    settings: Settings,
+    tiny_llama: Any,
+    tmp_path: Path,
+    config: dict[str, Any],
+    remove: str | None,
+    message: str,
+) -> None:
+    source = tiny_llama(tmp_path / "model")
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    if remove:
+        (source / remove).unlink()
+    Registry(settings.models_dir).import_checkpoint("odd", source)
+    with pytest.raises(IncompatibleModels, match=message) as caught:
+        Laser().preflight(spec("odd"), plan_context(settings, "job-1"))
+    assert caught.value.field == "base_model_name"
+
+
+def test_publishing_needs_a_token(
+    settings: Settings, base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with pytest.raises(AIDocksError, match="token"):
+        Laser().preflight(spec(base, publish=True, trainer="somebody"), plan_context(settings, "job-1"))
+
+
+def test_preflight_and_planning_need_no_torch(settings: Settings, base: str) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\n"
+        "from aidocks.jobs.submit import plan_context\n"
+        "from aidocks.laser.operation import Laser\n"
+        "from aidocks.settings import Settings\n"
+        "from aidocks.specs.laser import LaserSpec\n"
+        f"spec = LaserSpec(base_model_name={base!r}, laser_model_name='x', seqlen=48, chunks=6)\n"
+        "context = plan_context(Settings(), 'job-1')\n"
+        "Laser().preflight(spec, context)\n"
+        "next(Laser().plan(spec, context))\n"
+        "assert not {'torch', 'transformers', 'matplotlib', 'ray'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from aidocks.specs.laser import LaserSpec
+
+BASE = {"base_model_name": "m", "laser_model_name": "m-laser"}
+
+
+def spec(**fields: Any) -> LaserSpec:
+    return LaserSpec.model_validate(BASE | fields)
+
+
+def test_the_original_bodies_work() -> None:
+    original = LaserSpec.model_validate(
+        {
+            "base_model_name": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+            "laser_model_name": "tiny-laser",
+            "top_k_layers": 15,
+        }
+    )
+    assert original.num_candidates == 15
+    assert original.layers is None
+    full = spec(publish=True, trainer="LHC88", top_k_layers=2, seqlen=64, mode="perplexity")
+    assert (full.num_candidates, full.seqlen, full.trainer) == (2, 64, "LHC88")
+
+
+def test_defaults_survive_json() -> None:
+    assert spec().num_candidates == 15
+    assert spec(candidates=3).num_candidates == 3
+    assert spec(selection="exhaustive").num_candidates is None
+    given = spec(layers="16-18,3", kinds="k_proj, v_proj")
+    assert LaserSpec.model_validate_json(given.model_dump_json()) == given
+
+
+@pytest.mark.parametrize(
+    ("given", "layers"),
+    [
+        ("16-18", (16, 17, 18)),
+        ("0, 2-3", (0, 2, 3)),
+        ([1, "4-5"], (1, 4, 5)),
+        ([7], (7,)),
+        (7, (7,)),
+        (None, None),
+    ],
+)
+def test_layers_are_numbers_or_ranges(given: Any, layers: tuple[int, ...] | None) -> None:
+    assert spec(layers=given).layers == layers
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"candidates": 1, "top_k_layers": 1}, "not both"),
+        ({"selection": "exhaustive", "candidates": 3}, "exhaustive"),
+        ({"publish": True}, "trainer"),
+        ({"mode": "benchmark"}, "not available"),
+        ({"mode": "other"}, "perplexity"),
+        ({"z_threshold": 0}, "greater than 0"),
+        ({"z_threshold": float("nan")}, "finite number"),
+        ({"layers": []}, "at least 1"),
+        ({"layers": "9-3"}, "backwards"),
+        ({"layers": "x"}, "integer"),
+        ({"layers": [-1]}, "greater than or equal to 0"),
+        ({"kinds": []}, "at least 1"),
+        ({"chunks": 1}, "greater than or equal to 2"),
+        ({"rule": "gut_feeling"}, "marchenko_pastur"),
+        ({"laser_model_name": "../x"}, "pattern"),
+        ({"trainer": "a/b"}, "pattern"),
+        ({"unknown": 1}, "not permitted"),
+    ],
+)
+def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        spec(**fields)
+
+
+def test_every_field_explains_itself() -> None:
+    for name, field in LaserSpec.model_json_schema()["properties"].items():
+        assert field.get("description"), name
