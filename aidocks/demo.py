@@ -1,7 +1,7 @@
 """`aidocks demo`: optimise a real model, build a Mixture-of-Experts from it over HTTP, and ask it a question.
 
-Every run begins by removing what an earlier one left (models, unfinished jobs), so it can be run, interrupted and run
-again at any time. It succeeds only if everything that it claims has been checked.
+Every run begins by removing what an earlier one left (models, unfinished jobs), so it can be run, interrupted
+and run again at any time. It succeeds only if everything that it claims has been checked.
 """
 
 from __future__ import annotations
@@ -35,16 +35,33 @@ LASER_REQUEST: dict[str, Any] = {
     "base_model_name": BASE,
     "laser_model_name": LASER,
     "layers": "16-25",
-    "kinds": ["k_proj", "v_proj"],
+    "kinds": ["k_proj"],
     "rule": "laserrmt",
+    "selection": "exhaustive",
 }
 MOE_REQUEST: dict[str, Any] = {
     "name": MOE,
     "base_model": BASE,
     "gate_mode": "hidden",
     "experts": [
-        {"source_model": BASE, "positive_prompts": ["chat", "Tell me about your day.", "Who are you?"]},
-        {"source_model": LASER, "positive_prompts": ["history", "Which city is it?", "Explain why the sky is blue."]},
+        {
+            "source_model": BASE,
+            "positive_prompts": [
+                "Tell me a story about a dragon.",
+                "How are you today?",
+                "Write a poem about the sea.",
+            ],
+            "negative_prompts": ["def add(a, b): return a + b"],
+        },
+        {
+            "source_model": LASER,
+            "positive_prompts": [
+                "def add(a, b): return a + b",
+                "What is 12 * 7?",
+                "Solve the equation x^2 = 9.",
+            ],
+            "negative_prompts": ["How are you today?"],
+        },
     ],
 }
 
@@ -91,7 +108,8 @@ def run_demo(settings: Settings, keep: bool = False) -> None:
         said = _ask(path)
     course.checks |= {
         "the answer is not empty": bool(said.strip()),
-        "the model that answered is the MoE in the registry": moe.model == MOE and Path(moe.path or "") == path,
+        "the model that answered is the MoE in the registry": moe.model == MOE
+        and Path(moe.path or "") == path,
         "the MoE was made from the base and the optimised model": {BASE, LASER} <= set(parents),
         "all perplexities are finite": all(map(_finite, _perplexities(laser, moe).values())),
         "all pictures and weights are there": _files_exist(registry, laser, moe),
@@ -135,7 +153,7 @@ def _service(settings: Settings, course: _Course, keep: bool) -> Iterator[str]:
 
 
 def _remove_earlier(client: Client) -> None:
-    """End the jobs and delete the models of an earlier run, so that this one starts where every first one does."""
+    """End the jobs and delete the models of an earlier run, so that this one starts as a first one does."""
     for handle in [*client.jobs(status="running"), *client.jobs(status="queued")]:
         if handle.job.output_name in (LASER, MOE):
             try:
@@ -153,9 +171,10 @@ def _remove_earlier(client: Client) -> None:
 
 
 def _ask(path: Path) -> str:
-    from aidocks.cli.ask import write_piece
+    from aidocks.cli.ask import no_loading_bars, write_piece
     from aidocks.evaluate.generate import answer
 
+    no_loading_bars()
     said = answer(path, QUESTION, max_new_tokens=64, on_text=write_piece)
     out().print()
     remark(f"  {said.tokens} tokens, {said.tokens_per_s:.1f} tokens/s")
@@ -212,7 +231,9 @@ def _number(value: float | None) -> str:
 def _table(title: str, rows: dict[str, Any], text: Callable[[Any], str]) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, show_header=False, title=title, title_justify="left", title_style="bold")
+    table = Table(
+        box=None, pad_edge=False, show_header=False, title=title, title_justify="left", title_style="bold"
+    )
     table.add_column()
     table.add_column(justify="right")
     for name, value in rows.items():

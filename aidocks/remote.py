@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -88,19 +89,25 @@ def connect(settings: Settings | None = None) -> None:
 
     settings = settings or Settings()
     try:
-        state = json.loads(settings.state_file.read_text())
-        os.environ.update(state["environment"])
+        environment: dict[str, str] = json.loads(settings.state_file.read_text())["environment"]
     except (OSError, ValueError, KeyError):
         raise ServiceUnreachable(
             f"No service of {settings.home} is running on this machine.", hint="Start it: aidocks up."
         ) from None
+    late = [name for name in environment if "ADDRESS" not in name and name not in os.environ]
+    if late and "ray" in sys.modules:
+        raise ServiceUnreachable(
+            f"Ray was imported before {', '.join(late)} could be set.",
+            hint='Call remote.connect() before "import ray", or set them before: eval "$(aidocks env)".',
+        )
+    os.environ.update(environment)
     import ray
 
     try:
         ray.init(namespace=NAMESPACE, log_to_driver=False, ignore_reinit_error=True)
     except ConnectionError as error:
         raise ServiceUnreachable(
-            f"The service of {settings.home} does not answer at {state['environment'].get('RAY_ADDRESS')}.",
+            f"The service of {settings.home} does not answer at {environment.get('RAY_ADDRESS')}.",
             hint="Start it again: aidocks up.",
         ) from error
 

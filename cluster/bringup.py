@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
 from pydantic import BaseModel, Field
 
 from aidocks.errors import StartupFailed
@@ -24,6 +25,10 @@ APPLICATION = "serve.app:build_app"
 STARTUP_S = 120.0
 HEALTH_TIMEOUT_S = 2.0
 POLL_S = 0.1
+#: What ``cluster.deploy`` reports last.
+LAST_PHASE = "supervisor up"
+#: A busy machine, or a proxy that is just being replaced, is no reason to restart everything.
+PATIENCE_S = 15.0
 
 #: Called with what has just been reached and the seconds since the start.
 ProgressCallback = Callable[[str, float], None]
@@ -93,7 +98,7 @@ def start_service(
         Conflict: Another process is starting or stopping it.
     """
     with only_one(settings):
-        status = service_status(settings)
+        status = _patient_status(settings)
         if status.healthy:
             return status
         end_instance(settings)
@@ -107,6 +112,18 @@ def start_service(
             start.abandon()
             raise
         return service_status(settings)
+
+
+def _patient_status(settings: Settings) -> ServiceStatus:
+    """Describe the service; one that was up gets a while to answer before it is taken for dead."""
+    instance = read_instance(settings)
+    patience_s = PATIENCE_S if instance and instance.ready else 0.0
+    deadline = time.monotonic() + patience_s
+    while True:
+        status = service_status(settings)
+        if status.healthy or not status.running or time.monotonic() >= deadline:
+            return status
+        time.sleep(POLL_S)
 
 
 def stop_service(settings: Settings) -> bool:
@@ -139,6 +156,7 @@ class _Start:
         self._deploy: subprocess.Popen[bytes] | None = None
         self._phases = settings.log_dir / "startup.jsonl"
         self._told = 0
+        self._phase = ""
 
     def begin(self) -> None:
         """Start both processes at once; the second waits for the first as late as possible."""
@@ -162,11 +180,12 @@ class _Start:
         with self._log.open("wb") as log, self._phases.open("wb") as phases:
             command = head.head_command(settings, ports)
             self._head = _spawn(command, environment, log, log)
-            write_instance(
-                settings, instance.model_copy(update={"pid": self._head.pid, "started": time.time()})
-            )
+            started = psutil.Process(self._head.pid).create_time()
+            instance = instance.model_copy(update={"pid": self._head.pid, "started": started})
+            write_instance(settings, instance)
             command = [sys.executable, "-m", "cluster.deploy", self._application, head.marker(settings)]
             self._deploy = _spawn(command, environment, phases, log)
+        self._instance = instance
 
     def finish(self) -> None:
         """Wait until the service answers."""
@@ -176,8 +195,9 @@ class _Start:
         while True:
             self._tell()
             exit_code = self._deploy.poll()
-            if exit_code == 0 and answers(url):
-                self._tell()
+            # Not when the deploying process has ended: taking leave of Ray costs it another second.
+            if self._phase == LAST_PHASE and answers(url):
+                write_instance(self._settings, self._instance.model_copy(update={"ready": True}))
                 self._progress("healthy", self._seconds())
                 return
             if exit_code not in (None, 0):
@@ -199,9 +219,10 @@ class _Start:
         return round(time.monotonic() - self._begin, 2)
 
     def _tell(self) -> None:
-        lines = self._phases.read_text().splitlines()
+        lines = [line for line in self._phases.read_text().splitlines(keepends=True) if line.endswith("\n")]
         for line in lines[self._told :]:
-            self._progress(json.loads(line)["phase"], self._seconds())
+            self._phase = json.loads(line)["phase"]
+            self._progress(self._phase, self._seconds())
         self._told = len(lines)
 
     def _failure(self, message: str) -> StartupFailed:

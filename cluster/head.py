@@ -40,6 +40,8 @@ class Ports:
     node_manager: int
     proxy_metrics: int
     proxy_stats: int
+    fallback_http: int
+    fallback_grpc: int
 
     @classmethod
     def choose(cls) -> Ports:
@@ -52,9 +54,14 @@ def temp_dir(settings: Settings) -> Path:
     return Path("/tmp") / f"aidocks-{os.getuid()}-{digest}"  # noqa: S108 - made and checked by make_temp_dir
 
 
+def ray_dir(settings: Settings) -> Path:
+    """Return Ray's own temporary directory. Ray opens it to everybody, hence the one around it."""
+    return temp_dir(settings) / "r"
+
+
 def marker(settings: Settings) -> str:
     """Return the argument by which the processes of this installation are known from all others."""
-    return f"--temp-dir={temp_dir(settings)}"
+    return f"--temp-dir={ray_dir(settings)}"
 
 
 def make_temp_dir(settings: Settings) -> Path:
@@ -214,6 +221,9 @@ def _proxy_environment(settings: Settings, ports: Ports, directory: Path) -> dic
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.proxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.proxy_stats),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # Where Serve's own proxy stands by. Left at its default, all installations of a user would share it.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.fallback_grpc),
     }
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from aidocks.errors import Conflict
 from aidocks.settings import Settings
 from cluster.head import marker as head_marker
-from cluster.head import temp_dir
+from cluster.head import ray_dir, temp_dir
 
 TERMINATE_S = 1.0
 KILL_S = 5.0
@@ -31,6 +31,7 @@ class Instance(BaseModel):
 
     pid: int | None = None
     started: float = 0.0
+    ready: bool = False
     url: str
     ray_address: str
     dashboard: str
@@ -38,14 +39,12 @@ class Instance(BaseModel):
     environment: dict[str, str]
 
     def head(self) -> psutil.Process | None:
-        """Return the head's process, if it is still that one."""
+        """Return the head's process, if that is what now has its process id."""
         if self.pid is None:
             return None
         try:
             process = psutil.Process(self.pid)
-            same = (
-                abs(process.create_time() - self.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-            )
+            same = process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return None
         return process if same else None
@@ -104,7 +103,7 @@ def end_instance(settings: Settings) -> bool:
     remaining = [*remaining, *_processes(head, settings)]
     _signal(remaining, signal.SIGKILL)
     psutil.wait_procs(remaining, timeout=KILL_S)
-    _keep_logs(settings, directory)
+    _keep_logs(settings)
     shutil.rmtree(directory, ignore_errors=True)
     settings.state_file.unlink(missing_ok=True)
     return bool(found)
@@ -143,9 +142,9 @@ def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
             process.send_signal(number)
 
 
-def _keep_logs(settings: Settings, directory: Path) -> None:
+def _keep_logs(settings: Settings) -> None:
     """Keep Ray's own logs of the last run where people look for logs."""
-    source = directory / "session_latest" / "logs"
+    source = ray_dir(settings) / "session_latest" / "logs"
     target = settings.log_dir / "ray"
     if source.is_dir():
         settings.log_dir.mkdir(parents=True, exist_ok=True)

@@ -60,12 +60,12 @@ class RayPool:
     """
 
     def __init__(self, workers: int | None = None, idle_release_s: float = IDLE_RELEASE_S) -> None:
-        resources = ray.cluster_resources()
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus = int(resources.get("GPU", 0))
         self.parallelism = workers or gpus or max(1, int(resources.get("CPU", 1)))
         self._device = "cuda" if gpus else "cpu"
         share = {"num_cpus": 0, "num_gpus": min(1.0, gpus / self.parallelism)} if gpus else {"num_cpus": 1}
-        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        nodes = len([node for node in ray.nodes() if node["Alive"]])  # type: ignore[no-untyped-call]
         self._threads = max(1, (os.cpu_count() or 1) * nodes // self.parallelism)
         self._actor = ray.remote(Worker).options(**share, max_restarts=0, max_concurrency=1)
         self._turns = asyncio.Semaphore(self.parallelism)
@@ -139,7 +139,7 @@ async def _result(ref: Any) -> Any:
     try:
         return await asyncio.wrap_future(ref.future())
     except RayTaskError as error:
-        _log.info("a unit raised:\n%s", error.traceback_str)
+        _log.info("a unit raised:\n%s", error)
         if isinstance(error.cause, RayError) or not isinstance(error.cause, Exception):
             raise
         raise error.cause from None

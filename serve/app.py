@@ -36,12 +36,15 @@ Optimise, combine and publish open-weight language models.
 """
 
 
-def create_api(settings: Settings, supervisor: SupervisorLink | None = None) -> FastAPI:
+def create_api(
+    settings: Settings, supervisor: SupervisorLink | None = None, *, returns_request_id: bool = True
+) -> FastAPI:
     """Return the application for one installation. It needs neither Ray nor torch.
 
     Args:
         settings: Of the installation.
         supervisor: Woken after each submission. Default: nobody; jobs wait in the store.
+        returns_request_id: Put ``x-request-id`` into the answers; not where the server does so itself.
     """
     context = Context(
         settings, JobStore(settings.store_url), Registry(settings.models_dir), supervisor or NoSupervisor()
@@ -73,7 +76,7 @@ def create_api(settings: Settings, supervisor: SupervisorLink | None = None) -> 
         api.include_router(router)
     add_pages(api)
     handle_problems(api)
-    api.add_middleware(Gate, allowed_hosts=_host_names(settings))
+    api.add_middleware(Gate, allowed_hosts=_host_names(settings), returns_request_id=returns_request_id)
     document: dict[str, Any] = {}
 
     def openapi() -> dict[str, Any]:
@@ -98,10 +101,9 @@ def build_app(settings: Settings) -> Application:
 
         here = Settings(**values)
         log_to_file(here)
-        return create_api(here, RaySupervisor())
+        return create_api(here, RaySupervisor(here), returns_request_id=False)
 
     deployment = serve.deployment(
-        serve.ingress(build)(),
         name="http",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
@@ -112,7 +114,7 @@ def build_app(settings: Settings) -> Application:
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
     )
-    application: Application = deployment.bind()
+    application: Application = deployment(serve.ingress(build)()).bind()
     return application
 
 

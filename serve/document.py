@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from aidocks.operations import OPERATIONS
@@ -31,7 +32,7 @@ def describe(api: FastAPI) -> dict[str, Any]:
         tags=TAGS,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
-    models = [*(registration.spec_type() for registration in OPERATIONS), Problem]
+    models: list[type[BaseModel]] = [*(registration.spec_type() for registration in OPERATIONS), Problem]
     _, added = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )

@@ -33,11 +33,17 @@ class Gate:
         allowed_hosts: Names for which the service answers, ``*`` for any. A web page can make a browser call
             a service on its user's machine under a name of the page's own (DNS rebinding), which is not here.
         max_body_bytes: Largest request body that is read.
+        returns_request_id: Put ``x-request-id`` into the answers. Ray Serve does so itself.
     """
 
     def __init__(
-        self, app: ASGIApp, allowed_hosts: Iterable[str], max_body_bytes: int = MAX_BODY_BYTES
+        self,
+        app: ASGIApp,
+        allowed_hosts: Iterable[str],
+        max_body_bytes: int = MAX_BODY_BYTES,
+        returns_request_id: bool = True,
     ) -> None:
+        self._returns_request_id = returns_request_id
         self._app = app
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
         self._max_body_bytes = max_body_bytes
@@ -49,7 +55,7 @@ class Gate:
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
         scope[REQUEST_ID] = request_id if _REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
-        exchange = _Exchange(scope, receive, send, self._max_body_bytes)
+        exchange = _Exchange(scope, receive, send, self._max_body_bytes, self._returns_request_id)
         try:
             if refusal := self._refusal(headers):
                 await problem_answer(scope, refusal)(scope, receive, exchange.send)
@@ -80,11 +86,14 @@ class Gate:
 class _Exchange:
     """One request and its answer, as they pass."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int, returns_id: bool
+    ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
+        self._returns_id = returns_id
         self._received = 0
         self._begun = time.perf_counter()
         self.status = 0
@@ -100,7 +109,8 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
-            headers["x-request-id"] = self._scope[REQUEST_ID]
+            if self._returns_id:
+                headers["x-request-id"] = self._scope[REQUEST_ID]
             headers["x-content-type-options"] = "nosniff"
         await self._send(message)
 

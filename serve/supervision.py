@@ -7,6 +7,9 @@ import logging
 import threading
 from typing import Any, Literal, Protocol
 
+from aidocks.remote import ensure_supervisor
+from aidocks.settings import Settings
+
 SupervisorState = Literal["running", "restarting", "superseded", "absent", "unknown"]
 
 PING_TIMEOUT_S = 2.0
@@ -35,9 +38,14 @@ class NoSupervisor:
 
 
 class RaySupervisor:
-    """The supervisor actor of the cluster on which this process runs."""
+    """The supervisor actor of the cluster on which this process runs.
 
-    def __init__(self) -> None:
+    Args:
+        settings: Of the installation, for a supervisor that has to be made.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._handle: Any = None
         self._lock = threading.Lock()
 
@@ -69,11 +77,7 @@ class RaySupervisor:
 
     def _resolve(self) -> Any:
         """Return the actor's handle; finds the actor, or makes it, when there is none yet."""
-        import ray
-
-        from cluster.deploy import start_supervisor
-
         with self._lock:
             if self._handle is None:
-                self._handle = start_supervisor(ray)
+                self._handle = ensure_supervisor(self._settings)
             return self._handle

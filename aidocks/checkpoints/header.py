@@ -24,6 +24,8 @@ from aidocks.errors import CorruptCheckpoint
 #: The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
+#: torch's limit. The format has none, but only an attacker asks for the product of a million sizes.
+_MAX_AXES = 64
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -149,7 +151,7 @@ def _read_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _corrupt(path, f"its dtype {_shorten(repr(dtype))} is unknown", name)
-    if not _are_sizes(shape):
+    if not _are_sizes(shape) or len(shape) > _MAX_AXES:
         raise _corrupt(path, f"its shape {_shorten(repr(shape))} is not a list of sizes", name)
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _corrupt(path, f"its data_offsets {_shorten(repr(offsets))} are not [begin, end]", name)

@@ -13,6 +13,7 @@ from aidocks.checkpoints.writer import INDEX_FILE, SINGLE_FILE
 from aidocks.errors import CorruptCheckpoint, UnknownModel, UnsafeCheckpoint
 
 CONFIG_FILE = "config.json"
+_SHARD_NAME = re.compile(r"[^/\\\0.][^/\\\0]{0,230}\.safetensors")
 _MAX_JSON_BYTES = 256 << 20
 #: Formats that are, or may hold, Python pickles: loading one can run code.
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -119,11 +120,11 @@ def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
     weight_map = read_json_object(directory / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _broken_index(directory, "it has no weight_map")
-    shards = dict.fromkeys(weight_map.values())
-    entries: dict[str, TensorEntry] = {}
-    for shard in shards:
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0.][^/\\\0]{0,249}\.safetensors", shard):
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             raise _broken_index(directory, f"{str(shard)[:120]!r} is not the name of a weight file beside it")
+    entries: dict[str, TensorEntry] = {}
+    for shard in dict.fromkeys(weight_map.values()):
         if not (directory / shard).is_file():
             raise _broken_index(directory, f"the weight file {shard} that it names is missing")
         found = read_header(directory / shard)[0]

@@ -181,7 +181,7 @@ def parse_size(text: str | int) -> int:
     Raises:
         InvalidSpec: Naming the value.
     """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]{0,3})", str(text).strip())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]{0,3})", str(text).strip(), re.ASCII)
     factor = _UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * factor) if match and factor else 0
     if size <= 0:

@@ -15,7 +15,8 @@ from aidocks.errors import MissingExtra
 
 def ask(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Registry name, hub model or directory.", show_default=False)
+        str,
+        typer.Argument(metavar="MODEL", help="Registry name, hub model or directory.", show_default=False),
     ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer at most.")] = 128,
@@ -30,6 +31,7 @@ def ask(
     try:
         from aidocks.evaluate.generate import answer
 
+        no_loading_bars()
         if not manner.json and err().is_terminal:
             err().print("[dim]loading[/]", end="\r")
         answered = answer(
@@ -61,6 +63,13 @@ def locate(model: str) -> Path:
     from aidocks.settings import Settings
 
     return ModelResolver(Settings().models_dir, (Path("/"),)).resolve(model).path
+
+
+def no_loading_bars() -> None:
+    """Keep the loading of weights from writing between question and answer."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def write_piece(text: str) -> None:

@@ -78,9 +78,11 @@ def _home(settings: Settings) -> Finding:
         with tempfile.TemporaryFile(dir=_existing(settings.home)):
             pass
     except OSError as error:
-        return Finding("data", "bad", f"{settings.home} cannot be written: {error.strerror}. Set AIDOCKS_HOME.")
+        return Finding(
+            "data", "bad", f"{settings.home} cannot be written: {error.strerror}. Set AIDOCKS_HOME."
+        )
     if len({_existing(path).stat().st_dev for path in (settings.models_dir, settings.workspaces_dir)}) > 1:
-        text = "models and workspaces are on different file systems; publishing a model is a rename and needs one"
+        text = "models and workspaces are on different file systems; publishing a model needs one"
         return Finding("data", "bad", text)
     return Finding("data", "good", str(settings.home))
 
@@ -128,4 +130,6 @@ def _shadows() -> Iterator[Finding]:
         if origin is None:
             yield Finding(name, "bad", f"the package is missing below {root}; install AIDocks again")
         elif not origin.is_relative_to(root):
-            yield Finding(name, "bad", f"{origin} hides AIDocks' own; start the service from another directory")
+            yield Finding(
+                name, "bad", f"{origin} hides AIDocks' own; start the service from another directory"
+            )

@@ -1,4 +1,4 @@
-"""The way from the command line to `cluster.bringup`, which the library must not import: by name, from its root."""
+"""The way from the command line to `cluster.bringup`, which the library must not import: by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the fields of a spec to command-line flags: names, types, choices, help; and from flags back to fields."""
+"""From the fields of a spec to command-line flags (names, types, choices, help), and back to fields."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _flag(name: str, field: FieldInfo) -> Flag:
 
 
 def _reading(name: str, kind: Any) -> tuple[Any, str | None, Callable[[Any], Any]]:
-    """Return what the parser reads for a field of type ``kind``, how that is shown, and how it becomes the value."""
+    """Return what the parser reads for a field of type ``kind``, its metavar, and the way to the value."""
     if kind in _SCALARS:
         return kind, None, _as_it_is
     if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
@@ -76,7 +76,11 @@ def _reading(name: str, kind: Any) -> tuple[Any, str | None, Callable[[Any], Any
     if isinstance(origin, type) and issubclass(origin, Sequence | AbstractSet):
         elements = {_bare(element) for element in get_args(kind) if element is not Ellipsis}
         if all(_is_word(element) for element in elements):
-            return list[str], f"{'|'.join(sorted(map(_word_name, elements)))},...", lambda given: _items(name, given)
+            return (
+                list[str],
+                f"{'|'.join(sorted(map(_word_name, elements)))},...",
+                lambda given: _items(name, given),
+            )
     if origin in (Union, types.UnionType) and all(_is_word(_bare(member)) for member in get_args(kind)):
         return str, "|".join(_word_name(_bare(member)) for member in get_args(kind)), _as_it_is
     return str, "JSON", lambda given: _parsed(name, given)
@@ -93,7 +97,9 @@ def _bare(annotation: Any) -> Any:
 
 
 def _is_word(kind: Any) -> bool:
-    return kind in _SCALARS or get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum))
+    return (
+        kind in _SCALARS or get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum))
+    )
 
 
 def _word_name(kind: Any) -> str:

@@ -22,7 +22,8 @@ def import_into(registry: Registry, name: str, source: Path) -> ModelInfo:
     source = source.expanduser()
     if not source.exists():
         raise NotFound(
-            f"There is nothing at {str(source)!r}.", hint="Give a directory in Hugging Face layout, or a .gguf file."
+            f"There is nothing at {str(source)!r}.",
+            hint="Give a directory in Hugging Face layout, or a .gguf file.",
         )
     if source.suffix.lower() != ".gguf":
         return registry.import_checkpoint(name, source)

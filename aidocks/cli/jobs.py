@@ -23,9 +23,13 @@ def list_jobs(
     status: Annotated[
         str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.", metavar="STATUS")
     ] = None,
-    operation: Annotated[str | None, typer.Option(help="Only jobs of this operation.", metavar="NAME")] = None,
+    operation: Annotated[
+        str | None, typer.Option(help="Only jobs of this operation.", metavar="NAME")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=200, help="Jobs to show.")] = 20,
-    before: Annotated[str | None, typer.Option(metavar="JOB", help="Only jobs submitted before this one.")] = None,
+    before: Annotated[
+        str | None, typer.Option(metavar="JOB", help="Only jobs submitted before this one.")
+    ] = None,
     json: Json = False,
     url: Url = None,
 ) -> None:
@@ -96,15 +100,16 @@ def list_events(
 
 
 def _row(job: Job) -> dict[str, Any]:
-    progress = f"{job.progress.stage} {100 * job.progress.fraction:.0f}%" if job.progress else ""
+    status = str(job.status)
+    if job.progress and not job.status.terminal:
+        status += f", {job.progress.stage} {100 * job.progress.fraction:.0f}%"
     end = job.finished_at or datetime.now(UTC)
     return {
         "job": job.id,
         "operation": job.operation,
-        "status": str(job.status),
-        "progress": "" if job.status.terminal else progress,
+        "status": status,
         "model": job.output_name or "",
-        "created": f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
+        "created": f"{job.created_at.astimezone():%m-%d %H:%M}",
         "ran_s": (end - job.started_at).total_seconds() if job.started_at else None,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from aidocks.cli.options import Json, Local, Url, connect
 from aidocks.cli.output import manner, out, print_json, print_text, remark
 
 if TYPE_CHECKING:
+    from aidocks.models.manifest import ModelInfo
     from aidocks.models.registry import Registry
 
 app = typer.Typer(no_args_is_help=True, help="List, import and delete models.", rich_markup_mode="rich")
@@ -33,7 +34,7 @@ def list_models(local: Local = False, json: Json = False, url: Url = None) -> No
     else:
         from aidocks.cli.render import table_of
 
-        out().print(table_of([info.model_dump(mode="json", exclude={"path"}) for info in listed]))
+        out().print(table_of([_row(info) for info in listed]))
 
 
 @app.command("show")
@@ -48,9 +49,13 @@ def show_model(model: Name, local: Local = False, json: Json = False, url: Url =
     if manner.json:
         print_json(document)
         return
-    from aidocks.cli.render import result_view
+    from aidocks.cli.render import fact_table, result_view
 
-    for part in result_view(document):
+    request, metrics, files = (document.pop(name) for name in ("spec", "metrics", "files"))
+    for part in (*result_view(metrics), "[bold]request[/]", fact_table(request)):
+        out().print(part)
+    out().print("[bold]model[/]")
+    for part in result_view(document | {"files": len(files)}):
         out().print(part)
 
 
@@ -83,7 +88,9 @@ def import_model(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name for the model.", show_default=False)],
     source: Annotated[
         Path,
-        typer.Argument(metavar="SOURCE", help="A directory in Hugging Face layout, or a .gguf file.", show_default=False),
+        typer.Argument(
+            metavar="SOURCE", help="A directory in Hugging Face layout, or a .gguf file.", show_default=False
+        ),
     ],
     json: Json = False,
 ) -> None:
@@ -121,6 +128,17 @@ def delete_model(model: Name, local: Local = False, json: Json = False, url: Url
         with connect(url) as client:
             client.delete_model(model)
     print_json({"deleted": model}) if manner.json else print_text(f"{model} deleted")
+
+
+def _row(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "operation": info.operation,
+        "architecture": (info.architecture or "").removesuffix("ForCausalLM"),
+        "parameters": info.parameters,
+        "bytes": info.bytes,
+        "created": f"{info.created_at.astimezone():%m-%d %H:%M}",
+    }
 
 
 def _registry() -> Registry:

@@ -29,7 +29,9 @@ RunHere = Annotated[bool, typer.Option("--local", help="Run in this process, wit
 Detach = Annotated[bool, typer.Option("--detach", help="Print the job's id and do not wait for it.")]
 Key = Annotated[
     str | None,
-    typer.Option("--idempotency-key", metavar="TEXT", help="Submitting again under this key returns the same job."),
+    typer.Option(
+        "--idempotency-key", metavar="TEXT", help="Submitting again under this key returns the same job."
+    ),
 ]
 
 #: What every operation's command takes besides the fields of its spec.
@@ -86,7 +88,11 @@ def _give_signature(command: Any, flags: tuple[Flag, ...]) -> None:
     parameters = {"spec_file": COMMON["spec_file"]}
     for flag in flags:
         option = typer.Option(
-            flag.option, help=flag.help, metavar=flag.metavar, show_default=False, rich_help_panel="Fields of the request"
+            flag.option,
+            help=flag.help,
+            metavar=flag.metavar,
+            show_default=False,
+            rich_help_panel="Fields of the request",
         )
         parameters[flag.field] = (Annotated[flag.annotation | None, option], None)
     parameters |= COMMON
@@ -112,7 +118,9 @@ def _run(registration: Registration, flags: tuple[Flag, ...], values: dict[str, 
     from aidocks.specs.read import build_spec
 
     if values["local"] and (values["detach"] or values["url"] or values["idempotency_key"]):
-        raise typer.BadParameter("--local runs here and now: --detach, --url and --idempotency-key need a service.")
+        raise typer.BadParameter(
+            "--local runs here and now: --detach, --url and --idempotency-key need a service."
+        )
     data = _file_fields(values["spec_file"]) | given_fields(flags, values)
     spec = build_spec(registration.spec_type(), data)
     if values["local"]:

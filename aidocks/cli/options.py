@@ -19,12 +19,16 @@ def _speak_json(json: bool) -> bool:
 
 Json = Annotated[
     bool,
-    typer.Option("--json", callback=_speak_json, help="Print one JSON document; errors as problem JSON on stderr."),
+    typer.Option(
+        "--json", callback=_speak_json, help="Print one JSON document; errors as problem JSON on stderr."
+    ),
 ]
 Url = Annotated[
     str | None,
     typer.Option(
-        "--url", metavar="URL", help="The service. Default: AIDOCKS_URL, else the one that `aidocks up` started."
+        "--url",
+        metavar="URL",
+        help="The service. Default: AIDOCKS_URL, else the one that `aidocks up` started.",
     ),
 ]
 Local = Annotated[bool, typer.Option("--local", help="Use the data directory itself, without a service.")]

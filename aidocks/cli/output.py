@@ -90,7 +90,9 @@ def report_unexpected(error: Exception) -> None:
         traceback.print_exception(error)
         return
     _error_line(f"{type(error).__name__}: {error}", {})
-    _indented("This is a fault of AIDocks. `aidocks --debug ...` shows where; `aidocks logs` what the service says.")
+    _indented(
+        "This is a fault of AIDocks. `aidocks --debug ...` shows where; `aidocks logs` what the service says."
+    )
 
 
 def _error_line(message: str, entry: Mapping[str, Any]) -> None:

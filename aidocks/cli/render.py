@@ -1,12 +1,15 @@
 """Results as tables, from the shape of the data alone: a new operation needs nothing here.
 
-Rules: ``x`` with a sibling ``x_standard_error`` reads ``x ± se``; names tell units (``seconds``, ``_s``, ``bytes``);
-an object is one line of its facts; a list of objects is a table of its own.
+Rules: ``x`` with a sibling ``x_standard_error`` (or followed by ``standard_error``) reads ``x ± se``; names
+tell units (``seconds``, ``_s``, ``bytes``, ``_at``); an object is one line of its facts; a list of objects
+is a table.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from aidocks.client.wording import duration, size
@@ -15,9 +18,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_ERROR_SUFFIX = "_standard_error"
 _FIRST = ("model", "path")
 _ROWS = 12
+#: The first column tells what a row is; a job's id has 24 characters.
+_ID_WIDTH = 24
 #: Numbers that are names: not grouped.
 _IDENTIFIERS = ("pid", "port", "seed")
 
@@ -32,6 +36,7 @@ def result_view(result: Mapping[str, Any]) -> Iterator[RenderableType]:
     # Long lists first: the summary stays on the screen.
     for name, rows in lists.items():
         yield table_of(rows, title=f"{_words(name)}: {len(rows)}", limit=_ROWS)
+        yield ""
     yield fact_table(facts)
 
 
@@ -50,15 +55,22 @@ def fact_table(facts: Mapping[str, Any]) -> Table:
 
 def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None, limit: int | None = None) -> Table:
     """Return a table with a column for each name of the rows."""
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     names = list(dict.fromkeys(name for row in rows for name, _ in _facts(row)))
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in names:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False
+    )
+    for number, name in enumerate(names):
+        longest = max((len(value_text(name, row.get(name))) for row in rows), default=0)
         numeric = any(isinstance(row.get(name), int | float) for row in rows)
-        table.add_column(_words(name), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(
+            _words(name),
+            justify="right" if numeric else "left",
+            overflow="fold",
+            no_wrap=numeric or (number == 0 and longest <= _ID_WIDTH),
+        )
     for row in rows[:limit]:
         cells = dict(_facts(row))
         table.add_row(*(Text(cells.get(name, "")) for name in names))
@@ -69,12 +81,36 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None, limit:
 
 
 def _facts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    errors = dict(_standard_errors(values))
     for name, value in values.items():
-        if value is None or value in ({}, [], ()) or (name.endswith(_ERROR_SUFFIX) and _base(name) in values):
+        if value is None or value in ({}, [], ()) or name in errors.values():
             continue
-        text = value_text(name, value)
-        error = values.get(f"{name}{_ERROR_SUFFIX}")
-        yield name, text if error is None else f"{text} ± {value_text(name, error)}"
+        error = values.get(errors.get(name, ""))
+        if isinstance(value, int | float) and isinstance(error, int | float):
+            yield name, measured_text(value, error)
+        else:
+            yield name, value_text(name, value)
+
+
+def _standard_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield pairs of a name and the name of its standard error."""
+    before = None
+    for name in values:
+        if name == "standard_error" and before is not None:
+            yield before, name
+        elif name.endswith("_standard_error") and name.removesuffix("_standard_error") in values:
+            yield name.removesuffix("_standard_error"), name
+        before = name
+
+
+def measured_text(value: float, error: float) -> str:
+    """Format a measured value: two digits of the error, and as many of the value as it warrants."""
+    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
+        return f"{value:.4g} ± {error:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    if decimals > 5:
+        return f"{value:.3g} ± {error:.2g}"
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def value_text(name: str, value: Any) -> str:
@@ -90,6 +126,10 @@ def value_text(name: str, value: Any) -> str:
             return f"{value:,}" if abs(value) >= 10_000 and name not in _IDENTIFIERS else str(value)
         case float():
             return f"{value:.4g}"
+        case str() if name.endswith("_at"):
+            return f"{datetime.fromisoformat(value).astimezone():%Y-%m-%d %H:%M:%S}"
+        case str() if name.endswith(("hash", "sha256")):
+            return value[:12]
         case str():
             return value
         case Mapping():
@@ -100,13 +140,13 @@ def value_text(name: str, value: Any) -> str:
             return str(value)
 
 
-def _base(name: str) -> str:
-    return name.removesuffix(_ERROR_SUFFIX)
-
-
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
 def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(item, Mapping) for item in value)
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(isinstance(item, Mapping) for item in value)
+    )

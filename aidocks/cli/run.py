@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from aidocks.specs.base import Spec
 
 INTERRUPTED = 130
+#: Name of the threads in which units run in this process.
+UNIT_THREAD = "aidocks-unit"
 
 
 def submit(operation: str, spec: Spec, *, url: str | None, detach: bool, idempotency_key: str | None) -> None:
@@ -46,7 +51,9 @@ def watch(handle: JobHandle) -> None:
         job = handle.refresh().job
     except KeyboardInterrupt:
         remark(
-            f"The job goes on.  Watch it: aidocks jobs watch {handle.id}   Cancel it: aidocks jobs cancel {handle.id}"
+            "The job goes on.\n"
+            f"  watch it:  aidocks jobs watch {handle.id}\n"
+            f"  cancel it: aidocks jobs cancel {handle.id}"
         )
         raise typer.Exit(INTERRUPTED) from None
     finish(job)
@@ -72,7 +79,7 @@ def run_here(operation: str, spec: Spec) -> None:
         ) from error
     except KeyboardInterrupt:
         remark("The job was cancelled; nothing of it remains.")
-        raise typer.Exit(INTERRUPTED) from None
+        _leave(INTERRUPTED)
     finish(job)
 
 
@@ -94,6 +101,15 @@ def finish(job: Job) -> None:
 
     for part in result_view(result.model_dump(mode="json")):
         out().print(part)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process although a cancelled unit still runs native code, which aborts a regular exit."""
+    if any(thread.name == UNIT_THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 def _progress() -> AbstractContextManager[Callable[[Event], Any]]:

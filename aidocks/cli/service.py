@@ -1,4 +1,4 @@
-"""`aidocks up`, `down`, `status`, `logs`, `env`: the embedded service of this machine. And `demo`, which uses it."""
+"""`aidocks up`, `down`, `status`, `logs`, `env`, `doctor`: the embedded service, and `demo`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ _POLL_S = 0.5
 
 
 def up(
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.  [dim](8723)[/]")] = None,
-    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Address to listen on.  [dim](127.0.0.1)[/]")] = None,
-    home: Annotated[Path | None, typer.Option(help="Data directory.  [dim](AIDOCKS_HOME, else ~/.aidocks)[/]")] = None,
-    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and stop the service on Ctrl-C.")] = False,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on.  [dim](8723)[/]")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Address to listen on.  [dim](127.0.0.1)[/]")
+    ] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="Data directory.  [dim](AIDOCKS_HOME, else ~/.aidocks)[/]")
+    ] = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, and stop the service on Ctrl-C.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Start the service on this machine; when it runs already, say where."""
@@ -47,7 +55,9 @@ def up(
 
 
 def down(
-    home: Annotated[Path | None, typer.Option(help="Data directory.  [dim](AIDOCKS_HOME, else ~/.aidocks)[/]")] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="Data directory.  [dim](AIDOCKS_HOME, else ~/.aidocks)[/]")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Stop the service. Jobs under way go on when it is started again."""
@@ -63,7 +73,11 @@ def status(url: Url = None, json: Json = False) -> None:
     from aidocks.client.address import service_url
 
     settings = _settings()
-    facts: dict[str, Any] = {"url": url or service_url(settings), "healthy": False, "home": str(settings.home)}
+    facts: dict[str, Any] = {
+        "url": url or service_url(settings),
+        "healthy": False,
+        "home": str(settings.home),
+    }
     unreachable: ServiceUnreachable | None = None
     try:
         with connect(facts["url"]) as client:
@@ -84,7 +98,9 @@ def status(url: Url = None, json: Json = False) -> None:
 
 
 def logs(
-    name: Annotated[str, typer.Argument(metavar="[FILE]", help="Log file.", show_default=False)] = "service.log",
+    name: Annotated[
+        str, typer.Argument(metavar="[FILE]", help="Log file.", show_default=False)
+    ] = "service.log",
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines from the end.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the file grows.")] = False,
 ) -> None:

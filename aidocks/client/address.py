@@ -12,8 +12,8 @@ from aidocks.settings import Settings
 def service_url(settings: Settings | None = None) -> str:
     """Return the URL of the service to talk to.
 
-    ``AIDOCKS_URL`` decides; without it the service that ``aidocks up`` left running in the data directory, wherever
-    it listens; without that the address of the settings.
+    ``AIDOCKS_URL`` decides; without it the service that ``aidocks up`` left running in the data directory,
+    wherever it listens; without that the address of the settings.
     """
     settings = settings or Settings()
     if settings.url is None and not settings.model_fields_set & {"host", "port"}:

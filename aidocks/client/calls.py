@@ -1,4 +1,4 @@
-"""What is said over HTTP, without saying it: requests as values, shared by the synchronous and the async client."""
+"""What is said over HTTP, without saying it: requests as values, shared by the sync and the async client."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Call(Generic[AnswerT]):
 
     Attributes:
         read: Turns the JSON of a successful answer into what the caller gets.
-        repeatable: Sending it twice has the effect of sending it once, so a lost answer may be asked for again.
+        repeatable: Sending it twice has the effect of sending it once, so a lost answer is asked for again.
     """
 
     method: str
@@ -64,13 +64,13 @@ class Call(Generic[AnswerT]):
             return self.read(response.json() if response.content else None)
         except (ValueError, TypeError, KeyError) as error:
             raise ServiceUnreachable(
-                f"What answers {self.method} {response.request.url} is not an AIDocks service of this version.",
+                f"What answers {self.method} {response.request.url} is not this version's AIDocks service.",
                 hint="See `aidocks status`, or set AIDOCKS_URL.",
             ) from error
 
 
 class Retries:
-    """Decides after each failure of one call how long to wait before the next attempt, or that it was the last."""
+    """Decides after each failure of one call how long to wait for the next attempt, or that there is none."""
 
     def __init__(self, call: Call[Any], url: str, patience_s: float) -> None:
         self._call = call
@@ -82,7 +82,7 @@ class Retries:
         """Return the seconds to wait after a failed transport.
 
         Raises:
-            ServiceUnreachable: Patience is over, or the request may have had its effect and must not be repeated.
+            ServiceUnreachable: Patience is over, or the request may have had its effect already.
         """
         never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
         delay = self._next()
@@ -105,7 +105,11 @@ class Retries:
 
 def unreachable(url: str, error: Exception | None = None) -> ServiceUnreachable:
     """Return the error that says so, with the reason when it is not simply a refused connection."""
-    reason = "" if error is None or isinstance(error, httpx.ConnectError) else f" ({error or type(error).__name__})"
+    reason = (
+        ""
+        if error is None or isinstance(error, httpx.ConnectError)
+        else f" ({error or type(error).__name__})"
+    )
     return ServiceUnreachable(
         f"No AIDocks service answers at {url}{reason}.",
         hint="Start it with `aidocks up`, or set AIDOCKS_URL to where it is.",
@@ -113,17 +117,17 @@ def unreachable(url: str, error: Exception | None = None) -> ServiceUnreachable:
 
 
 def submission(
-    operation: str, spec: Spec | Mapping[str, Any] | None, fields: Mapping[str, Any], idempotency_key: str | None
+    operation: str,
+    spec: Spec | Mapping[str, Any] | None,
+    fields: Mapping[str, Any],
+    idempotency_key: str | None,
 ) -> Call[Job]:
     """Return the call that submits a job. Without a key of the caller's it carries one of its own.
 
     Raises:
         NotFound: There is no such operation.
     """
-    if isinstance(spec, Spec):
-        body = spec.model_dump(mode="json", exclude_unset=True)
-    else:
-        body = dict(spec or {})
+    body = spec.model_dump(mode="json", exclude_unset=True) if isinstance(spec, Spec) else dict(spec or {})
     return Call(
         "POST",
         f"/{find_operation(operation).name}",
@@ -145,11 +149,18 @@ def list_jobs(
     status: Status | str | None, operation: str | None, limit: int, before: str | None
 ) -> Call[list[Job]]:
     params = {"status": status, "operation": operation, "limit": str(limit), "before": before}
-    return Call("GET", "/jobs", _listing("jobs", Job.model_validate), params={k: str(v) for k, v in params.items() if v})
+    return Call(
+        "GET",
+        "/jobs",
+        _listing("jobs", Job.model_validate),
+        params={k: str(v) for k, v in params.items() if v},
+    )
 
 
 def list_events(job_id: str, after: int) -> Call[list[Event]]:
-    return Call("GET", events_path(job_id), _listing("events", Event.model_validate), params={"after": str(after)})
+    return Call(
+        "GET", events_path(job_id), _listing("events", Event.model_validate), params={"after": str(after)}
+    )
 
 
 def list_files(model: str) -> Call[list[ModelFile]]:

@@ -1,4 +1,4 @@
-"""Copying a registry model from a service: file by file into a sibling directory that is renamed when it is whole."""
+"""Copying a registry model from a service: file by file into a directory that is renamed when it is whole."""
 
 from __future__ import annotations
 
@@ -45,13 +45,15 @@ class PartialFile:
 
     @contextmanager
     def sink(self, response: httpx.Response) -> Iterator[BinaryIO]:
-        """Open the file for the body of ``response``: behind what is there, or anew when the service sends it all.
+        """Open the file for the body of ``response``: behind what is there, or anew when all of it comes.
 
         Raises:
             CorruptCheckpoint: A whole body arrived, yet the file has not the size that the service lists.
         """
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        with self._target.open("ab" if response.status_code == httpx.codes.PARTIAL_CONTENT else "wb") as stream:
+        with self._target.open(
+            "ab" if response.status_code == httpx.codes.PARTIAL_CONTENT else "wb"
+        ) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -113,7 +115,7 @@ class Download:
         return next((file for file in self._files if file.missing), None)
 
     def publish(self) -> Path:
-        """Verify all files, drop what an earlier version of the model left, and rename the directory into place."""
+        """Verify all files, drop what an earlier version of the model left, and rename the directory."""
         for file in self._files:
             file.check()
         expected = {file._target for file in self._files}

@@ -1,4 +1,4 @@
-"""Following a job's events over connections that may break: where a reader is, and how long an outage may last."""
+"""Following a job's events over connections that may break: where a reader is, how long an outage lasts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class EventCursor:
     def closed(self, job_is_over: bool) -> float:
         """Note that the service closed the stream, and whether the job was over then.
 
-        A job that was over before a whole connection began has no further events: the reader began after the last.
+        A job that was over before a whole connection began has no further events: the reader has seen them.
 
         Returns:
             Seconds to wait before connecting again.

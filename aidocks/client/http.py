@@ -1,7 +1,7 @@
 """The clients of a running service: :class:`Client` and, for use with ``await``, :class:`AsyncClient`.
 
-Both say the same things: what a request is, how an answer is read, when to try again and where an event stream is
-to be continued live in :mod:`aidocks.client.calls` and :mod:`aidocks.client.events`; here is only the sending.
+Both say the same things: what a request is, how an answer is read, when to try again and where an event
+stream goes on live in :mod:`aidocks.client.calls` and :mod:`aidocks.client.events`; here is only the sending.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from aidocks.client import calls
 from aidocks.client.address import is_loopback, service_url
 from aidocks.client.calls import Call, Retries
 from aidocks.client.download import Download, ModelFile
-from aidocks.client.events import PAUSE_S, EventCursor, Outage, StreamClock, StreamRefused, check_stream
+from aidocks.client.events import EventCursor, Outage, StreamClock, StreamRefused, check_stream
 from aidocks.client.job import AsyncJobHandle, JobHandle
 from aidocks.errors import NotFound, ServiceUnreachable
 from aidocks.jobs.model import Event, Job, Status
@@ -78,13 +78,13 @@ class _Connection:
 
 
 class Client(_Connection):
-    """A client of a running service; each operation is a method, such as ``client.laser(base_model_name=..., ...)``.
+    """A client of a running service; each operation is a method: ``client.laser(base_model_name=..., ...)``.
 
     Args:
         url: The service. Default: ``AIDOCKS_URL``, else the service that ``aidocks up`` started.
         timeout: Seconds that one request may take.
-        retry_s: Seconds for which requests are repeated while the service cannot be reached or asks to come later.
-        reconnect_s: Seconds for which an event stream looks for a service that has gone away (a restart, an upgrade).
+        retry_s: Seconds for which requests are repeated while the service is away or asks to come later.
+        reconnect_s: Seconds for which an event stream looks for a service that has gone away (a restart).
     """
 
     def _open(self) -> None:
@@ -121,7 +121,9 @@ class Client(_Connection):
         before: str | None = None,
     ) -> list[JobHandle]:
         """Return jobs, newest first; ``before`` is the id of the job where the page before ended."""
-        return [JobHandle(self, job) for job in self._answer(calls.list_jobs(status, operation, limit, before))]
+        return [
+            JobHandle(self, job) for job in self._answer(calls.list_jobs(status, operation, limit, before))
+        ]
 
     def job(self, job_id: str) -> JobHandle:
         """Return the job with this id, or raise :class:`UnknownJob`."""
@@ -160,7 +162,9 @@ class Client(_Connection):
         outage = self._outage()
         while file := download.next_file():
             try:
-                with self._http.stream("GET", calls.file_path(name, file.path), headers=file.headers()) as response:
+                with self._http.stream(
+                    "GET", calls.file_path(name, file.path), headers=file.headers()
+                ) as response:
                     if response.is_error:
                         response.read()
                     check_stream(response)
@@ -219,7 +223,9 @@ class Client(_Connection):
                 delay = outage.delay(error)
             time.sleep(delay)
 
-    def _connected(self, path: str, cursor: EventCursor, outage: Outage, clock: StreamClock) -> Iterator[Event]:
+    def _connected(
+        self, path: str, cursor: EventCursor, outage: Outage, clock: StreamClock
+    ) -> Iterator[Event]:
         headers, timeout = cursor.connect(), clock.timeouts(self._timeout)
         with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
             if response.is_error:
@@ -286,7 +292,9 @@ class AsyncClient(_Connection):
     async def download(self, name: str, directory: str | Path) -> Path:
         # Disk writes block, so a thread does what the synchronous client does.
         def work() -> Path:
-            with Client(self.url, self._timeout, retry_s=self._retry_s, reconnect_s=self._reconnect_s) as client:
+            with Client(
+                self.url, self._timeout, retry_s=self._retry_s, reconnect_s=self._reconnect_s
+            ) as client:
                 return client.download(name, directory)
 
         return await asyncio.to_thread(work)
@@ -331,7 +339,9 @@ class AsyncClient(_Connection):
         cursor, outage, clock = EventCursor(after), self._outage(), StreamClock(job_id, timeout)
         while not cursor.ended:
             try:
-                async with aclosing(self._connected(calls.events_path(job_id), cursor, outage, clock)) as events:
+                async with aclosing(
+                    self._connected(calls.events_path(job_id), cursor, outage, clock)
+                ) as events:
                     async for event in events:
                         yield event
                 job_is_over = cursor.ended or (await self._answer_job(job_id)).status.terminal

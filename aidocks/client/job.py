@@ -13,10 +13,10 @@ from aidocks.operations import find_operation
 from aidocks.specs.base import OperationResult
 
 if TYPE_CHECKING:
-    from aidocks.client.http import AsyncClient, Client
+    from aidocks.client.http import AsyncClient, Client  # noqa: F401 - named in strings below
 
 ClientT = TypeVar("ClientT")
-#: True shows progress bars (or lines, where the output is no terminal) on standard error; a callable gets the events.
+#: True shows progress on standard error, as bars or plain lines; a callable gets the events.
 ProgressOption = bool | Callable[[Event], object]
 
 
@@ -58,7 +58,7 @@ class JobHandle(_Handle["Client"]):
         return self
 
     def events(self, after: int = 0) -> Iterator[Event]:
-        """Yield the job's events from the one after sequence ``after`` on, as they come, until the job is over.
+        """Yield the job's events after sequence ``after``, as they come, until the job is over.
 
         Broken connections are made again and the stream goes on where it was.
 

@@ -33,7 +33,7 @@ def error_from_response(response: httpx.Response) -> AIDocksError:
         problem = None
     if isinstance(problem, dict) and "code" in problem:
         return error_from_problem(problem)
-    # Not our error shape: a proxy or a service that is still starting, or something that is not AIDocks at all.
+    # Not our error shape: a proxy, a service that is still starting, or something that is not AIDocks.
     url = response.request.url
     if response.status_code >= 500:
         return ServiceUnreachable(

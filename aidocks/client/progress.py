@@ -1,4 +1,4 @@
-"""What a waiting person sees of a job: a progress bar per stage, or plain lines where the output is no terminal."""
+"""What a waiting person sees of a job: a progress bar per stage, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ class PlainView:
 
     def show(self, event: Event) -> None:
         if event.type is EventType.STAGE_STARTED:
-            already = event.data.get("already_done", 0)
+            total, already = event.data["total"], event.data.get("already_done", 0)
             known = f", {already} done before" if already else ""
-            self._write(f"{event.data['stage']}: {event.data['total']} units{known}")
+            self._write(f"{event.data['stage']}: {total} unit{'' if total == 1 else 's'}{known}")
         elif event.type is EventType.PROGRESS:
             now = self._clock()
             if now - self._last >= 1.0:

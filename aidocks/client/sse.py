@@ -34,7 +34,7 @@ class EventDecoder:
         self._id = ""
 
     def feed(self, chunk: bytes) -> Iterator[ServerSentEvent]:
-        """Yield the events that ``chunk`` completes. An event that the stream never ends is never dispatched."""
+        """Yield the events that ``chunk`` completes; what the stream never ends is never dispatched."""
         for line in self._lines(self._decode(chunk)):
             if line:
                 self._field(line)

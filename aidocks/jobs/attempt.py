@@ -156,14 +156,13 @@ class _JobRun:
         """Close the job; of a job that did not succeed nothing half-written remains when its end is seen."""
         if result is not None and self._job.started_at is not None and result.get("seconds", 0) is None:
             result["seconds"] = round(time.time() - self._job.started_at.timestamp(), 3)
-        removal = asyncio.to_thread(remove_workspace, self._settings, self._job.id)
         if status is not Status.SUCCEEDED:
-            await removal
+            await asyncio.to_thread(remove_workspace, self._settings, self._job.id)
         job = await asyncio.to_thread(
             self._store.transition, self._job.id, status, token=self._token, result=result, error=error
         )
         if status is Status.SUCCEEDED:
-            await removal
+            await asyncio.to_thread(remove_workspace, self._settings, self._job.id)
         return job
 
 

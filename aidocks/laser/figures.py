@@ -42,7 +42,10 @@ def _draw_spectrum(axes: Any, matrix: Matrix, values: mp.Values) -> None:
     unit = fitted.sigma * large**0.5
     # The few largest values would flatten the picture: they are counted at its right border instead.
     limit = max(fitted.threshold * 1.6, float(np.quantile(values, 0.98)))
-    axes.hist(np.clip(values, None, limit), bins=60, density=True, color=_BULK, label=f"{len(values)} values")
+    bins = max(8, min(60, len(values) // 4))
+    axes.hist(
+        np.clip(values, None, limit), bins=bins, density=True, color=_BULK, label=f"{len(values)} values"
+    )
     if unit > 0:
         x = np.linspace(0, limit, 600)
         axes.plot(x, mp.density(x / unit, small / large) / unit, color=_LAW, label="law, sigma by median")

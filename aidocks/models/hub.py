@@ -16,21 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from aidocks.checkpoints.files import UNFINISHED
 from aidocks.errors import HubRefused, UnknownModel, UnsafeCheckpoint
 from aidocks.models.manifest import MANIFEST_FILE
-from aidocks.models.resolve import parse_hub_id
+from aidocks.models.resolve import HUB_DUPLICATES, HUB_FILES, parse_hub_id
 from aidocks.plan import Unit, UnitContext
 
-_SAFE_FILES = [
-    "*.safetensors",
-    "*.json",
-    "tokenizer.model",
-    "*.txt",
-    "*.jinja",
-    "*.tiktoken",
-    "README.md",
-    "LICENSE*",
-]
-# Copies of the same weights in other layouts.
-_DUPLICATES = ["*/*", "consolidated*.safetensors"]
+#: Welcome, but a model is complete without them.
+_PAPERS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _GET_ACCESS = "Create a token in your account's settings on the hub, and set HF_TOKEN where the service runs."
 
 
@@ -131,8 +121,8 @@ def fetch(reference: str, token: str | None) -> Path:
                 repo,
                 revision=revision,
                 token=token or False,
-                allow_patterns=_SAFE_FILES,
-                ignore_patterns=_DUPLICATES,
+                allow_patterns=[*HUB_FILES, *_PAPERS],
+                ignore_patterns=list(HUB_DUPLICATES),
             )
         )
     if not weights_present(path):
@@ -193,6 +183,9 @@ def _explaining(repo: str, verb: str) -> Iterator[None]:
             hint=f"Check the name; for a private model set HF_TOKEN. {_page(repo)}",
         ) from error
     except errors.LocalEntryNotFoundError as error:
+        # Raised for whatever went wrong when there is nothing in the cache to fall back on.
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _refusal(repo, verb, error.__cause__) from error
         raise _unreachable(repo) from error
     except errors.HfHubHTTPError as error:
         raise _refusal(repo, verb, error) from error

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from aidocks._version import __version__
-from aidocks.checkpoints.files import UNFINISHED, hash_file, sync_directory, sync_file, write_text
+from aidocks.checkpoints.files import UNFINISHED, hash_file, locked, sync_directory, sync_file, write_text
 from aidocks.checkpoints.hashes import FileHashes
 from aidocks.errors import CorruptCheckpoint, NameTaken, NotFound, PathNotAllowed, UnknownModel
 from aidocks.models.card import CARD_FILE, card, read_license
@@ -158,16 +158,19 @@ class Registry:
         if not is_model_name(name):
             raise PathNotAllowed(f"{shorten(name)!r} cannot name a model.", value=shorten(name))
         target = self._models_dir / name
-        if self.exists(name) and self._is_made_by(name, manifest.job_id):
+        if self._is_made_by(name, manifest.job_id):
             return target
         if self.exists(name):
             raise _taken(name)
         self._models_dir.mkdir(parents=True, exist_ok=True)
         try:
-            finished = self._finish(staged, manifest)
-            self._rename(staged, target)
+            with locked(staged):
+                if self._is_made_by(name, manifest.job_id):
+                    return target
+                finished = self._finish(staged, manifest)
+                self._rename(staged, target)
         except OSError as error:
-            if self.exists(name) and self._is_made_by(name, manifest.job_id):
+            if self._is_made_by(name, manifest.job_id):
                 return target  # another attempt at the same job was faster
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise _taken(name) from error
@@ -245,7 +248,8 @@ class Registry:
         for ours in (CARD_FILE, MANIFEST_FILE):
             (staged / ours).unlink(missing_ok=True)
         if manifest.operation != _IMPORT:
-            manifest = manifest.model_copy(update={"parents": tuple(map(self._with_license, manifest.parents))})
+            parents = tuple(self._with_license(parent) for parent in manifest.parents)
+            manifest = manifest.model_copy(update={"parents": parents})
         manifest = _complete(staged, manifest)
         write_text(staged / CARD_FILE, card(manifest))
         complete = _complete(staged, manifest)

@@ -18,6 +18,9 @@ _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9](?:[\w.-]{0,94}\w)?/[A-Za-z0-9](?:[\w.-]{0,94}\w)?)(?:@(?P<revision>[\w][\w./-]{0,199}))?",
     re.ASCII,
 )
+#: Patterns of what a hub model consists of, and of copies of the same weights in other layouts.
+HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+HUB_DUPLICATES = ("*/*", "consolidated*.safetensors")
 _FORMS = "Write a registry name, org/name[@revision], or a path below an allowed root ('/…' or './…')."
 
 
@@ -164,14 +167,22 @@ def parse_hub_id(reference: str, field: str | None = None) -> tuple[str, str | N
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Path | None:
-    """Return the directory of a hub model in the local cache, when its weights are all there."""
+    """Return the directory of a hub model in the local cache, when all that it consists of is there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     from aidocks.checkpoints.layout import weights_present
 
     try:
-        found = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        # The patterns, because the hub library compares the cache with the repository's listing where it
+        # knows that, and would miss what is never downloaded.
+        found = snapshot_download(
+            repo,
+            revision=revision,
+            local_files_only=True,
+            allow_patterns=list(HUB_FILES),
+            ignore_patterns=list(HUB_DUPLICATES),
+        )
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return found if weights_present(found) else None
+    return Path(found) if weights_present(Path(found)) else None

@@ -27,7 +27,8 @@ def find_published(name: str, context: PlanContext) -> MoEResult | None:
     manifest = context.registry.manifest(name)
     if manifest.job_id != context.job_id:
         return None
-    result = MoEResult.model_validate(manifest.metrics)
+    known = MoEResult.model_fields.keys()
+    result = MoEResult.model_validate({key: value for key, value in manifest.metrics.items() if key in known})
     return result.model_copy(update={"path": str(context.registry.path(name))})
 
 
@@ -55,7 +56,11 @@ def _manifest(build: Build, name: str, result: MoEResult) -> Manifest:
             )
             for file in build.files
         ),
-        metrics=result.model_dump(mode="json"),
+        # By subject as well: the model card shows single numbers, and counts lists.
+        metrics={
+            **result.model_dump(mode="json"),
+            "perplexity": {measured.model: measured.perplexity for measured in result.perplexities},
+        },
         parameters=result.parameters,
         dtype=build.dtype,
         architecture="MixtralForCausalLM",

@@ -94,7 +94,8 @@ async def job_events(
     limit: Annotated[int, Query(ge=1, le=MAX_EVENTS, description="Events on a page.")] = 500,
     stream: Annotated[bool | None, Query(description="Stream or page, whatever `Accept` says.")] = None,
     last_event_id: Annotated[
-        str | None, Header(description="As `after`; browsers and clients send it when they connect again.")
+        str | None,
+        Header(alias="Last-Event-ID", description="As `after`; sent when a reader connects again."),
     ] = None,
 ) -> Any:
     """Return a page of events, or with `Accept: text/event-stream` (or `?stream=true`) follow them."""

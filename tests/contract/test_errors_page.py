@@ -18,7 +18,9 @@ def error_classes() -> list[type[errors.AIDocksError]]:
 
 
 def test_every_code_is_listed() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\S.*) \| (\S.*) \|$", PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\S.*) \| (\S.*) \|$", PAGE.read_text(), re.MULTILINE
+    )
     listed = {code: (int(status), int(exit_code)) for code, status, exit_code, _, _ in rows}
     assert len(rows) == len(listed)
     assert listed == {kind.code: (kind.http_status, kind.exit_code) for kind in error_classes()}

@@ -26,7 +26,9 @@ def parse(text: str) -> list[dict[str, Any]]:
     """Read a whole stream; every event must have its three lines."""
     events = []
     for block in text.split("\n\n"):
-        lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith((":", "retry")))
+        lines = dict(
+            line.split(": ", 1) for line in block.splitlines() if not line.startswith((":", "retry"))
+        )
         if lines:
             event = json.loads(lines["data"])
             assert (lines["id"], lines["event"]) == (str(event["sequence"]), event["type"])
@@ -89,7 +91,9 @@ def test_a_reader_who_has_everything_gets_an_empty_stream(client: Any, ended: Jo
     assert parse(client.get(f"/jobs/{ended.id}/events?after=11", headers=STREAM).text) == []
 
 
-@hypothesis_settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_a_stream_broken_anywhere_goes_on_there(client: Any, ended: Job, data: st.DataObject) -> None:
     whole = parse(client.get(f"/jobs/{ended.id}/events", headers=STREAM).text)

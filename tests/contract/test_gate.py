@@ -19,15 +19,19 @@ from serve.app import create_api
 from serve.log import JsonLines, log_to_file
 
 Problem = Callable[..., dict[str, Any]]
+PARTS = st.sampled_from(["jobs", "models", "laser", "files", "events", "cancel", "docs"])
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8723", "127.0.0.1:1", "[::1]:8723", "localhost.:8723"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:8723", "127.0.0.1:1", "[::1]:8723", "localhost.:8723"]
+)
 def test_own_names(client: Any, host: str) -> None:
     assert client.get("/health", headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8723", "[::2]", "", "localhost@evil"]
+    "host",
+    ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8723", "[::2]", "", "localhost@evil"],
 )
 def test_other_names(client: Any, problem: Problem, host: str) -> None:
     problem(client.get("/health", headers={"Host": host}), 421, "host_not_allowed")
@@ -36,9 +40,9 @@ def test_other_names(client: Any, problem: Problem, host: str) -> None:
 def test_names_of_the_settings(settings: Settings, tmp_path: Any) -> None:
     from tests.contract.conftest import ApiClient
 
-    def status(host: str, **options: Any) -> int:
+    def status(name: str, **options: Any) -> int:
         api = create_api(Settings(home=tmp_path, **options))
-        return int(ApiClient(api).get("/health", headers={"Host": host}).status_code)
+        return int(ApiClient(api).get("/health", headers={"Host": name}).status_code)
 
     assert status("models.example", allowed_hosts=("Models.example",)) == 200
     assert status("localhost", allowed_hosts=("models.example",)) == 200
@@ -62,11 +66,13 @@ def test_no_other_origin_is_let_in(client: Any) -> None:
         assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-@hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.sampled_from(["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]),
-    st.lists(st.sampled_from(["jobs", "models", "laser", "files", "events", "cancel", "docs"]) | st.text(min_size=1, max_size=5)),
-)  # fmt: skip
+    st.lists(PARTS | st.text(min_size=1, max_size=5)),
+)
 def test_no_path_makes_the_service_fail(client: Any, problem: Problem, method: str, parts: list[str]) -> None:
     from urllib.parse import quote
 

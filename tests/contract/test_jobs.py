@@ -56,7 +56,12 @@ def test_wrong_queries(client: Any, problem: Problem, query: str, field: str) ->
 
 
 def test_unknown_jobs(client: Any, problem: Problem) -> None:
-    for method, path in [("GET", ""), ("POST", "/cancel"), ("GET", "/events"), ("GET", "/events?stream=true")]:
+    for method, path in [
+        ("GET", ""),
+        ("POST", "/cancel"),
+        ("GET", "/events"),
+        ("GET", "/events?stream=true"),
+    ]:
         problem(client.request(method, f"/jobs/job-1{path}"), 404, "unknown_job")
     problem(client.get("/jobs?before=job-1"), 404, "unknown_job")
 

@@ -111,12 +111,16 @@ def test_a_name_is_given_once(client: Any, laser_body: dict[str, Any], problem: 
 
 
 def test_unknown_models_are_named(client: Any, laser_body: dict[str, Any], problem: Problem) -> None:
-    found = problem(client.post("/laser", json=laser_body | {"base_model_name": "tiny-bse"}), 404, "unknown_model")
+    found = problem(
+        client.post("/laser", json=laser_body | {"base_model_name": "tiny-bse"}), 404, "unknown_model"
+    )
     assert found["errors"][0]["field"] == "base_model_name"
     assert found["errors"][0]["value"] == "tiny-bse"
 
 
-@pytest.mark.parametrize("reference", ["/etc", "../../etc", "./x", "~/x", "a/../../b", "/dev/zero", "x%2e%2e/y"])
+@pytest.mark.parametrize(
+    "reference", ["/etc", "../../etc", "./x", "~/x", "a/../../b", "/dev/zero", "x%2e%2e/y"]
+)
 def test_paths_are_refused(client: Any, laser_body: dict[str, Any], reference: str) -> None:
     response = client.post("/laser", json=laser_body | {"base_model_name": reference})
     assert response.status_code in (403, 404, 422), response.text
@@ -128,7 +132,9 @@ def test_only_json_is_read(client: Any, problem: Problem) -> None:
     for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
         response = client.post("/laser", content=b"{}", headers={"Content-Type": media_type})
         problem(response, 415, "unsupported_media_type")
-    response = client.post("/laser", content=b"{}", headers={"Content-Type": "Application/JSON; charset=utf-8"})
+    response = client.post(
+        "/laser", content=b"{}", headers={"Content-Type": "Application/JSON; charset=utf-8"}
+    )
     problem(response, 422, "invalid_spec")
 
 
@@ -146,13 +152,19 @@ def test_large_bodies_are_refused(client: Any, problem: Problem) -> None:
 
 def test_syntax_errors_are_located(client: Any, problem: Problem) -> None:
     body = b'{\n  "base_model_name": "x"\n  "laser_model_name": "y"\n}'
-    found = problem(client.post("/laser", content=body, headers={"Content-Type": "application/json"}), 422, "invalid_spec")
+    found = problem(
+        client.post("/laser", content=body, headers={"Content-Type": "application/json"}), 422, "invalid_spec"
+    )
     assert "line 3, column 3" in found["detail"]
     assert '"laser_model_name": "y"' in found["hint"]
 
 
 def test_fields_of_nested_models_are_named(client: Any, problem: Problem) -> None:
-    body = {"base_model": "m", "gate_mode": "hiden", "experts": [{"source_model": "m"}, {"source_modle": "m"}]}
+    body = {
+        "base_model": "m",
+        "gate_mode": "hiden",
+        "experts": [{"source_model": "m"}, {"source_modle": "m"}],
+    }
     found = problem(client.post("/byo-moe", json=body), 422, "invalid_spec")
     faults = {fault["field"]: fault for fault in found["errors"]}
     assert set(faults) == {"gate_mode", "experts[1].source_model", "experts[1].source_modle"}
@@ -160,7 +172,9 @@ def test_fields_of_nested_models_are_named(client: Any, problem: Problem) -> Non
     assert faults["gate_mode"]["hint"] == "Did you mean 'hidden'?"
 
 
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.sampled_from(OPERATIONS), BODIES | JSON)
 def test_no_body_makes_the_service_fail(client: Any, problem: Problem, operation: Any, body: Any) -> None:
     text = json.dumps(body).encode("utf-8", "surrogatepass")
@@ -169,7 +183,9 @@ def test_no_body_makes_the_service_fail(client: Any, problem: Problem, operation
     problem(response, response.status_code, response.json()["code"])
 
 
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.binary(max_size=200))
 def test_no_bytes_make_the_service_fail(client: Any, problem: Problem, body: bytes) -> None:
     response = client.post("/laser", content=body, headers={"Content-Type": "application/json"})
@@ -197,5 +213,7 @@ async def main():
 asyncio.run(main())
 print(sorted({{"torch", "transformers", "ray"}} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -52,7 +52,7 @@ class ScriptedService:
                 service.requests.append(request)
                 service._send(self, service.script(request))
 
-            do_GET = do_POST = do_DELETE = _answer
+            do_GET = do_POST = do_DELETE = _answer  # noqa: N815 - the names that http.server calls
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -20,9 +20,7 @@ class Outcome:
 
 
 @pytest.fixture
-def aidocks(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Outcome]:
+def aidocks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run a command line in this process: ``aidocks("jobs", "list", stdin="")``."""
     from aidocks.cli.main import main
 

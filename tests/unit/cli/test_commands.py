@@ -22,9 +22,9 @@ MEASURED = {
 }  # fmt: skip
 RESULT = {
     "model": "b", "path": "/models/b", "seconds": 75.0, "search": MEASURED, "held_out": MEASURED,
-    "candidates_tried": 15, "matrices_scanned": 20, "parameters": 134515008, "pictures": ["report/spectra.png"],
+    "candidates_tried": 15, "matrices_scanned": 20, "parameters": 134515008, "pictures": ["report/a.png"],
     "accepted": [{
-        "name": "model.layers.3.mlp.up_proj.weight", "layer": 3, "kind": "up_proj", "rank": 100, "full_rank": 576,
+        "name": "model.layers.3.mlp.up_proj.weight", "layer": 3, "kind": "up", "rank": 9, "full_rank": 96,
         "delta": -0.01, "standard_error": 0.002, "z": -5.0,
     }],
 }  # fmt: skip
@@ -43,8 +43,8 @@ def finished(scripted: Any, job: Any, answer: Any, event_frame: Any) -> Any:
         event_frame(2, "started", attempt=1, parallelism=1),
         event_frame(3, "message", text="a [bold] message"),
         event_frame(4, "stage_started", stage="scan", stage_number=1, total=2, already_done=1),
-        event_frame(5, "progress", stage="scan", stage_number=1, done=1, total=2, fraction=0.5, unit="up_proj",
-                    units_per_s=2.0, eta_s=0.5, elapsed_s=0.5),
+        event_frame(5, "progress", stage="scan", stage_number=1, done=1, total=2, fraction=0.5,
+                    unit="up_proj", units_per_s=2.0, eta_s=0.5, elapsed_s=0.5),
         event_frame(6, "succeeded", **RESULT),
     ]  # fmt: skip
 
@@ -60,7 +60,9 @@ def finished(scripted: Any, job: Any, answer: Any, event_frame: Any) -> Any:
 
 
 def test_a_job_is_submitted_watched_and_shown(aidocks: Any, finished: Any) -> None:
-    done = aidocks("laser", "--base-model-name", "a", "--laser-model-name", "b", "--layers", "1-3,7", "--kinds", "k,v")
+    done = aidocks(
+        "laser", "--base-model-name", "a", "--laser-model-name", "b", "--layers", "1-3,7", "--kinds", "k,v"
+    )
     assert done.code == 0
     assert finished.requests[0].body == {
         "base_model_name": "a", "laser_model_name": "b", "layers": [1, 2, 3, 7], "kinds": ["k", "v"],
@@ -69,7 +71,14 @@ def test_a_job_is_submitted_watched_and_shown(aidocks: Any, finished: Any) -> No
     assert "a [bold] message" in lines
     assert "scan: 2 units, 1 done before" in lines
     assert "scan 1/2 (50.0%) | up_proj | 2/s | eta 0.50 s" in lines
-    for text in ("/models/b", "30.12 ± 0.5", "29.5 ± 0.25", "134,515,008", "1m15s", "model.layers.3.mlp.up_proj"):
+    for text in (
+        "/models/b",
+        "30.12 ± 0.5",
+        "29.5 ± 0.25",
+        "134,515,008",
+        "1m15s",
+        "model.layers.3.mlp.up_proj",
+    ):
         assert text in done.out
 
 
@@ -80,7 +89,9 @@ def test_json_is_one_document_and_nothing_else(aidocks: Any, finished: Any) -> N
 
 
 def test_detach_prints_the_id_alone(aidocks: Any, finished: Any) -> None:
-    done = aidocks("laser", "--base-model-name", "a", "--laser-model-name", "b", "--detach", "--idempotency-key", "k")
+    done = aidocks(
+        "laser", "--base-model-name", "a", "--laser-model-name", "b", "--detach", "--idempotency-key", "k"
+    )
     assert (done.code, done.out, done.err) == (0, "job-1\n", "")
     assert len(finished.requests) == 1
     assert finished.requests[0].headers["Idempotency-Key"] == "k"
@@ -99,7 +110,9 @@ def test_flags_win_over_the_spec_file(aidocks: Any, finished: Any, tmp_path: Pat
 
 def test_nested_fields_are_json(aidocks: Any, finished: Any) -> None:
     experts = [{"source_model": "a", "positive_prompts": ["x, y"]}]
-    done = aidocks("byo-moe", "--base-model", "a", "--experts", json.dumps(experts), "--no-evaluate", "--detach")
+    done = aidocks(
+        "byo-moe", "--base-model", "a", "--experts", json.dumps(experts), "--no-evaluate", "--detach"
+    )
     assert done.code == 0
     assert finished.requests[0].body == {"base_model": "a", "experts": experts, "evaluate": False}
 
@@ -128,7 +141,9 @@ def test_wrong_requests_never_reach_the_service(
 
 
 def test_an_error_says_what_where_and_what_to_do(aidocks: Any, scripted: Any, answer: Any) -> None:
-    error = UnknownModel("There is no model 'smol'.", field="base_model_name", value="smol", hint="Did you mean 'smollm2'?")
+    error = UnknownModel(
+        "There is no model 'smol'.", field="base_model_name", value="smol", hint="Did you mean 'smollm2'?"
+    )
     scripted.script = lambda _: answer(error.problem(), error.http_status)
     request = ("laser", "--base-model-name", "smol", "--laser-model-name", "b")
     done = aidocks(*request)
@@ -168,9 +183,13 @@ def test_no_service(aidocks: Any, scripted: Any, monkeypatch: pytest.MonkeyPatch
 def test_the_end_of_a_job_decides_the_exit_code(
     aidocks: Any, scripted: Any, job: Any, answer: Any, event_frame: Any, status: str, code: int
 ) -> None:
-    problem = NameTaken("The name is taken.", field="name", value="b").problem() if status == "failed" else None
+    problem = (
+        NameTaken("The name is taken.", field="name", value="b").problem() if status == "failed" else None
+    )
     scripted.script = lambda request: (
-        answer(stream=[event_frame(1, status)]) if "events" in request.path else answer(job(status, error=problem))
+        answer(stream=[event_frame(1, status)])
+        if "events" in request.path
+        else answer(job(status, error=problem))
     )
     done = aidocks("jobs", "watch", "job-1")
     assert done.code == code
@@ -198,8 +217,8 @@ def test_ctrl_c_leaves_the_job_alone_and_says_so(
 
 
 def test_jobs_are_listed_and_shown(aidocks: Any, scripted: Any, job: Any, answer: Any) -> None:
-    running = job("running", output_name="b", started_at="2026-01-01T00:00:01Z",
-                  progress={"stage": "scan", "stage_number": 1, "done": 1, "total": 4, "fraction": 0.25})  # fmt: skip
+    progress = {"stage": "scan", "stage_number": 1, "done": 1, "total": 4, "fraction": 0.25}
+    running = job("running", output_name="b", started_at="2026-01-01T00:00:01Z", progress=progress)
     scripted.script = lambda request: answer(
         {"jobs": [running], "has_more": False} if request.path.startswith("/jobs?") else running
     )
@@ -211,7 +230,13 @@ def test_jobs_are_listed_and_shown(aidocks: Any, scripted: Any, job: Any, answer
 
 
 def test_events_are_printed_one_a_line(aidocks: Any, finished: Any, answer: Any) -> None:
-    page = {"job_id": "job-1", "sequence": 1, "time": "2026-01-01T00:00:00Z", "type": "message", "data": {"text": "hi"}}
+    page = {
+        "job_id": "job-1",
+        "sequence": 1,
+        "time": "2026-01-01T00:00:00Z",
+        "type": "message",
+        "data": {"text": "hi"},
+    }
     following = finished.script
     finished.script = lambda request: (
         answer({"events": [page] if "after=0" in request.path else [], "has_more": False})

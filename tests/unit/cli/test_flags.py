@@ -104,4 +104,7 @@ def test_help_tells_bounds_defaults_and_what_is_required(flags: dict[str, Flag])
 @pytest.mark.parametrize("registration", OPERATIONS, ids=lambda registration: registration.name)
 def test_every_operation_has_a_command_with_all_fields(registration: Any) -> None:
     command = operation_command(registration)
-    assert {parameter.name for parameter in command.params} == {*registration.spec_type().model_fields, *COMMON}
+    assert {parameter.name for parameter in command.params} == {
+        *registration.spec_type().model_fields,
+        *COMMON,
+    }

@@ -1,4 +1,4 @@
-"""The clients against a service whose failures are scripted: retries, resumption, typed results and errors."""
+"""The clients against a service whose failures are scripted: retries, resumption, typed results, errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ from aidocks.jobs.model import EventType, Status
 from aidocks.specs.laser import LaserResult, LaserSpec
 
 MEASURED = dict.fromkeys(
-    ("before", "before_standard_error", "after", "after_standard_error", "delta", "delta_standard_error", "z"), 1.0
+    (
+        "before",
+        "before_standard_error",
+        "after",
+        "after_standard_error",
+        "delta",
+        "delta_standard_error",
+        "z",
+    ),
+    1.0,
 ) | {"tokens": 10}
 RESULT = {
     "model": "m", "path": "/models/m", "seconds": 1.5, "search": MEASURED, "held_out": MEASURED,
@@ -69,7 +78,9 @@ def test_a_spec_is_sent_without_its_defaults(client: Client, scripted: Any, job:
 def test_a_lost_answer_is_asked_for_again_under_the_same_key(
     client: Client, scripted: Any, job: Any, answer: Any
 ) -> None:
-    answers = iter([answer(breaks=True), answer({}, 503), answer({}, 429, {"Retry-After": "0"}), answer(job(), 202)])
+    answers = iter(
+        [answer(breaks=True), answer({}, 503), answer({}, 429, {"Retry-After": "0"}), answer(job(), 202)]
+    )
     scripted.script = lambda _: next(answers)
     assert client.laser(base_model_name="a").id == "job-1"
     keys = {request.headers["Idempotency-Key"] for request in scripted.requests}
@@ -120,7 +131,9 @@ def test_a_problem_becomes_its_exception(
         client.laser(base_model_name="x")
     assert type(caught.value) is type(error)
     assert caught.value.message == error.message
-    assert (caught.value.field or None) == (error.field or error.problem().get("errors", [{}])[0].get("field"))
+    assert (caught.value.field or None) == (
+        error.field or error.problem().get("errors", [{}])[0].get("field")
+    )
     assert caught.value.hint == error.hint
     assert getattr(caught.value, "errors", ()) == getattr(error, "errors", ())
 

@@ -31,7 +31,10 @@ def test_all_line_endings_mean_the_same(newline: str) -> None:
         (b"data:\n\n", [ServerSentEvent("message", "", "")]),
         (b"data:x\ndata: x\ndata:  x\n\n", [ServerSentEvent("message", "x\nx\n x", "")]),
         (b"event: a\n\ndata: x\n\n", [ServerSentEvent("message", "x", "")]),
-        (b"id: 1\ndata: x\n\ndata: y\n\n", [ServerSentEvent("message", "x", "1"), ServerSentEvent("message", "y", "1")]),
+        (
+            b"id: 1\ndata: x\n\ndata: y\n\n",
+            [ServerSentEvent("message", "x", "1"), ServerSentEvent("message", "y", "1")],
+        ),
         (b"id: a\0b\ndata: x\n\n", [ServerSentEvent("message", "x", "")]),
         (b"retry: 1000\nunknown: 1\ndata: x\n\n", [ServerSentEvent("message", "x", "")]),
         (b"data: never ended\n", []),
@@ -54,7 +57,11 @@ lines = st.lists(
 )  # fmt: skip
 
 
-@given(lines=lines, ends=st.lists(st.sampled_from(["\n", "\r", "\r\n"]), min_size=12, max_size=12), data=st.data())
+@given(
+    lines=lines,
+    ends=st.lists(st.sampled_from(["\n", "\r", "\r\n"]), min_size=12, max_size=12),
+    data=st.data(),
+)
 def test_chunks_do_not_matter(lines: list[str], ends: list[str], data: st.DataObject) -> None:
     stream = "".join(line + end for line, end in zip(lines, ends, strict=False)).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))

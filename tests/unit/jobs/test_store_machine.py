@@ -1,4 +1,4 @@
-"""Random histories of two executors, people and crashes against the job store; a model says what must hold."""
+"""Random histories of two executors and people against the job store; a model says what must hold."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aidocks.models.registry import Registry
 from pydantic import BaseModel
 
 from aidocks.errors import AIDocksError, IncompatibleModels, InvalidSpec, PathNotAllowed
 from aidocks.evaluate.perplexity import MeasurePerplexity
 from aidocks.jobs.submit import plan_context
 from aidocks.laser.operation import Laser
+from aidocks.models.registry import Registry
 from aidocks.plan import Unit, UnitContext
 from aidocks.settings import Settings
 from aidocks.specs.laser import LaserResult, LaserSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,13 @@ from aidocks.errors import InvalidSpec, NotFound, PathNotAllowed
 from aidocks.specs.base import ModelName, Spec
 from aidocks.specs.read import build_spec, parse_json, parse_yaml, read_spec_file
 
+TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
+NUMBERS = st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(alphabet=st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=8), inner, max_size=4),
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=20,
-)  # fmt: skip
+)
 
 
 class Part(Spec):
@@ -32,8 +34,8 @@ class Part(Spec):
 
 class Whole(Spec):
     name: ModelName
-    parts: list[Part] = []
-    by_name: dict[str, Part] = {}
+    parts: tuple[Part, ...] = ()
+    by_name: dict[str, Part] = Field(default_factory=dict)
     either: int | list[int] = 0
     place: str = "here"
 
@@ -81,7 +83,10 @@ def test_commas_between_array_elements_may_be_missing(value: Any) -> None:
 
 def test_strings_are_not_looked_into() -> None:
     text = '{"a": ["say \\"x\\" \\"y\\"" "[1 2]"], "b": [{"c": [1 -2.5e3 true null]} [] ["x" "y"]]}'
-    assert parse_json(text) == {"a": ['say "x" "y"', "[1 2]"], "b": [{"c": [1, -2500.0, True, None]}, [], ["x", "y"]]}
+    assert parse_json(text) == {
+        "a": ['say "x" "y"', "[1 2]"],
+        "b": [{"c": [1, -2500.0, True, None]}, [], ["x", "y"]],
+    }
 
 
 @pytest.mark.parametrize(
@@ -113,8 +118,10 @@ def test_the_offending_line_is_shown() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ['{"a": 1, "a": 2}', '{"a": NaN}', "[Infinity]", "[1e999]", "[" * 100_000, "9" * 5000, '["\\ud800"]', b"\xff{}",
-     '{"\\udfff": 1, "\\udfff": 2}', "[1 2 NaN]", "{" * 50_000, "[" + '"a" ' * 50_000],
+    [
+        '{"a": 1, "a": 2}', '{"a": NaN}', "[Infinity]", "[1e999]", "[" * 100_000, "9" * 5000, '["\\ud800"]',
+        b"\xff{}", '{"\\udfff": 1, "\\udfff": 2}', "[1 2 NaN]", "{" * 50_000, "[" + '"a" ' * 50_000,
+    ],
 )  # fmt: skip
 def test_what_json_must_not_be(text: str | bytes) -> None:
     with pytest.raises(InvalidSpec) as caught:
@@ -128,18 +135,14 @@ def test_mending_is_linear() -> None:
 
 @given(st.text())
 def test_any_text_is_json_or_refused(text: str) -> None:
-    try:
+    with suppress(InvalidSpec):
         parse_json(text)
-    except InvalidSpec:
-        pass
 
 
 @given(st.text())
 def test_any_text_is_yaml_or_refused(text: str) -> None:
-    try:
+    with suppress(InvalidSpec):
         parse_yaml(text)
-    except InvalidSpec:
-        pass
 
 
 def test_yaml_refuses_repeated_keys_and_objects() -> None:
@@ -151,7 +154,8 @@ def test_yaml_refuses_repeated_keys_and_objects() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("s.json", '{"a": ["x" "y"]}'), ("s.yaml", "a:\n- x\n- y\n"), ("s.spec", '{"a": ["x", "y"]}')]
+    ("name", "text"),
+    [("s.json", '{"a": ["x" "y"]}'), ("s.yaml", "a:\n- x\n- y\n"), ("s.spec", '{"a": ["x", "y"]}')],
 )
 def test_spec_files(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
@@ -160,16 +164,18 @@ def test_spec_files(tmp_path: Path, name: str, text: str) -> None:
 
 
 def test_spec_files_that_are_not(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="nothing.yaml"):
+    with pytest.raises(NotFound, match=r"nothing\.yaml"):
         read_spec_file(tmp_path / "nothing.yaml")
     path = tmp_path / "list.yaml"
     path.write_text("- 1\n- 2\n")
-    with pytest.raises(InvalidSpec, match="list.yaml: A spec is a mapping"):
+    with pytest.raises(InvalidSpec, match=r"list\.yaml: A spec is a mapping"):
         read_spec_file(path)
 
 
 def test_every_wrong_field_is_named() -> None:
-    found = faults({"parts": [{}, {"kind": "hiden", "siez": 1}, {"size": 0}], "by_name": {"x": {"size": "no"}}})
+    found = faults(
+        {"parts": [{}, {"kind": "hiden", "siez": 1}, {"size": 0}], "by_name": {"x": {"size": "no"}}}
+    )
     assert list(found) == ["name", "parts[1].kind", "parts[1].siez", "parts[2].size", "by_name.x.size"]
     assert found["name"]["message"] == "This field is required."
     assert found["parts[1].kind"]["message"] == "Must be 'hidden' or 'random'."
@@ -218,12 +224,11 @@ def test_all_faults_survive_a_process_boundary() -> None:
 
 
 @given(JSON)
-def test_any_json_is_a_spec_or_refused(value: Any) -> None:
-    try:
-        build_spec(Whole, value)
-    except InvalidSpec as error:
-        assert error.errors
-        json.dumps(error.problem(), allow_nan=False).encode()
+def test_any_json_that_is_no_spec_is_refused(value: Any) -> None:
+    # No name has this form, so nothing that is generated is valid.
+    error = refusal(value | {"name": "/"} if isinstance(value, dict) else value)
+    assert error.errors
+    json.dumps(error.problem(), allow_nan=False).encode()
 
 
 def test_the_model_may_be_any_pydantic_model() -> None:

@@ -1,0 +1,157 @@
+"""Model cards: front matter for libraries, provenance for people, and nothing that a value can break."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aidocks.models.card import card, read_front_matter, read_license
+from aidocks.models.manifest import Manifest, ManifestFile, Parent
+
+
+def manifest(**more: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "name": "smol-laser",
+        "created_at": datetime(2026, 1, 2, tzinfo=UTC),
+        "operation": "laser",
+        "job_id": "job-1",
+        "spec": {"base_model_name": "org/base@main", "laser_model_name": "smol-laser", "layers": None},
+        "parents": (parent(),),
+        "code_version": "0.1.0",
+        "files": (
+            ManifestFile(path="report/ranks.png", bytes=1, sha256="0"),
+            ManifestFile(path="report/ledger.json", bytes=1, sha256="0"),
+        ),
+        "metrics": {"search": {"before": 12.34567891, "after": 11.0}, "withdrawn": False, "accepted": [1, 2]},
+        "parameters": 134515008,
+        "dtype": "BF16",
+        "architecture": "LlamaForCausalLM",
+        "bytes": 269_000_000,
+    }
+    return Manifest(**(values | more))
+
+
+def parent(reference: str = "org/base@main", **more: Any) -> Parent:
+    values = {
+        "field": "base_model_name",
+        "content_hash": "ab" * 32,
+        "path_name": "base",
+        "license": "apache-2.0",
+    }
+    return Parent(reference=reference, **(values | more))
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return found
+
+
+def test_front_matter_is_what_the_hub_expects() -> None:
+    text = card(manifest())
+    assert front_matter(text) == {
+        "library_name": "transformers",
+        "tags": ["aidocks", "laser"],
+        "base_model": ["org/base"],
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+    }
+    data = ModelCard(text).data
+    assert data.base_model == ["org/base"]
+    assert data.license == "apache-2.0"
+
+
+def test_body_tells_what_how_from_what_and_how_good() -> None:
+    text = card(manifest())
+    for line in [
+        "# smol-laser",
+        "- Architecture: LlamaForCausalLM",
+        "- Parameters: 134,515,008",
+        "- Size: 269.0 MB",
+        "![ranks](report/ranks.png)",
+        "| search.before | 12.3457 |",
+        "| accepted (count) | 2 |",
+        "| `base_model_name` | org/base@main | apache-2.0 | `abababababababab` |",
+        "base_model_name: org/base@main",
+        "AutoModelForCausalLM.from_pretrained(path",
+    ]:
+        assert line in text, line
+    assert "ledger.json" not in text
+
+
+def test_the_way_to_load_it_is_sound_python() -> None:
+    for architecture in ("LlamaForCausalLM", "BertModel", None):
+        text = card(manifest(architecture=architecture))
+        compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_parents_under_different_licences() -> None:
+    parents = (parent(), parent("org/other", license="llama3"))
+    assert front_matter(card(manifest(parents=parents)))["license"] == "other"
+    unknown = (parent(license=None),)
+    assert "license" not in front_matter(card(manifest(parents=unknown)))
+
+
+def test_paths_of_this_machine_are_not_published() -> None:
+    path = "/data/secret-project/base"
+    spec = {
+        "base_model_name": path,
+        "experts": [{"source_model": path}],
+        "text": "/data/secret-project/a.txt",
+    }
+    text = card(manifest(spec=spec, parents=(parent(path),)))
+    assert "secret-project" not in text
+    assert "base_model_name: base" in text
+
+
+@given(
+    values=st.dictionaries(st.text(max_size=20), st.text(max_size=60), max_size=4),
+    reference=st.text(min_size=1, max_size=40),
+)
+def test_no_value_breaks_out_of_its_place(values: dict[str, str], reference: str) -> None:
+    text = card(manifest(spec=values, metrics=values, parents=(parent(reference, license=reference),)))
+    assert front_matter(text)["tags"] == ["aidocks", "laser"]
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == [
+        *(["## Measured"] if values else []),
+        "## Made of",
+        "## How it was made",
+        "## How to load it",
+    ]
+
+
+@pytest.mark.parametrize("fence", ["```", "~~~", "`````"])
+def test_fences_in_values_do_not_close_the_block(fence: str) -> None:
+    text = card(manifest(spec={"prompt": f"a\n{fence}\n# owned\n"}))
+    block = text.split("## How it was made")[1].split("## How to load it")[0].strip().splitlines()
+    assert set(block[-1]) == {"`"}
+    assert len(block[-1]) > len(fence) or fence == "~~~"
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: mit\n---", "mit"),
+        ("---\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("# no front matter", None),
+        ("---\n{unclosed: [\n---\n", None),
+        ("---\n- a list\n---\n", None),
+        ("---\nlicense: [mit, other]\n---\n", None),
+        ("---\nlicense: " + "x" * 100 + "\n---\n", None),
+        ("---\nlicense: !!python/object/apply:os.system ['true']\n---\n", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_licences_are_read_from_front_matter(tmp_path: Path, text: str | None, licence: str | None) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_bytes(text.encode())
+    assert read_license(tmp_path) == licence
+    assert isinstance(read_front_matter(tmp_path), dict)
