@@ -1,4 +1,4 @@
-"""Where the service's own packages (``cluster``, ``serve``, ``train``) are: the checkout, or inside the wheel."""
+"""Where the service's own packages (cluster, serve, train) are: in the checkout, or inside the wheel."""
 
 from __future__ import annotations
 

@@ -34,10 +34,10 @@ QUESTION = "What is the capital of France?"
 LASER_REQUEST: dict[str, Any] = {
     "base_model_name": BASE,
     "laser_model_name": LASER,
-    "layers": "16-25",
-    "kinds": ["k_proj"],
+    "layers": "11-18",
+    "kinds": ["v_proj"],
     "rule": "laserrmt",
-    "selection": "exhaustive",
+    "chunks": 64,
 }
 MOE_REQUEST: dict[str, Any] = {
     "name": MOE,
@@ -121,12 +121,13 @@ def run_demo(settings: Settings, keep: bool = False) -> None:
 
 
 def _import_base(registry: Registry) -> None:
-    from aidocks.models.gguf_import import import_gguf, locate_smollm2
+    from aidocks.cli.importing import import_into
+    from aidocks.models.gguf_import import locate_smollm2
 
     if registry.exists(BASE):
         remark(f"  it is in the registry: {registry.path(BASE)}")
         return
-    info = import_gguf(locate_smollm2(), registry, BASE)
+    info = import_into(registry, BASE, locate_smollm2())
     remark(f"  {info.path}")
 
 

@@ -30,7 +30,7 @@ def list_models(local: Local = False, json: Json = False, url: Url = None) -> No
     if manner.json:
         print_json([info.model_dump(mode="json") for info in listed])
     elif not listed:
-        remark("The registry is empty. `aidocks models import NAME DIRECTORY` puts a model there.")
+        remark("The registry is empty. `aidocks models import DIRECTORY NAME` puts a model there.")
     else:
         from aidocks.cli.render import table_of
 
@@ -85,13 +85,13 @@ def print_path(model: Name) -> None:
 
 @app.command("import")
 def import_model(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name for the model.", show_default=False)],
     source: Annotated[
         Path,
         typer.Argument(
             metavar="SOURCE", help="A directory in Hugging Face layout, or a .gguf file.", show_default=False
         ),
     ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name for the model.", show_default=False)],
     json: Json = False,
 ) -> None:
     """Copy a model of this machine into its registry."""

@@ -64,7 +64,7 @@ class Call(Generic[AnswerT]):
             return self.read(response.json() if response.content else None)
         except (ValueError, TypeError, KeyError) as error:
             raise ServiceUnreachable(
-                f"What answers {self.method} {response.request.url} is not this version's AIDocks service.",
+                f"What answers {self.method} {response.request.url} is not AIDocks of this version.",
                 hint="See `aidocks status`, or set AIDOCKS_URL.",
             ) from error
 

@@ -61,13 +61,7 @@ def submit_job(
     output_name = operation.output_name(checked, job_id)
 
     def require_free_name() -> None:
-        if output_name is not None and context.registry.exists(output_name):
-            raise NameTaken(
-                f"The registry already holds a model called {output_name!r}.",
-                field="output_name",
-                value=output_name,
-                hint=f"Choose another name, or remove it: aidocks models delete {output_name}.",
-            )
+        _require_free_name(output_name, context)
 
     require_free_name()
     operation.preflight(checked, context)
@@ -103,6 +97,16 @@ def plan_context(
         parallelism=parallelism,
         say=say,
     )
+
+
+def _require_free_name(name: str | None, context: PlanContext) -> None:
+    if name is not None and context.registry.exists(name):
+        raise NameTaken(
+            f"The registry already holds a model called {name!r}.",
+            field="output_name",
+            value=name,
+            hint=f"Choose another name, or remove it: aidocks models delete {name}.",
+        )
 
 
 def _registry_inputs(operation: Operation[Any, Any], spec: Spec, context: PlanContext) -> list[str]:

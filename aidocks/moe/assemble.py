@@ -54,15 +54,14 @@ class AssembleShard(Unit[WrittenFiles]):
         from aidocks.checkpoints.reader import Checkpoint
 
         router, _ = read_header(self.router.path)
-        opened: dict[Path, Checkpoint] = {}
+        opened = {path: Checkpoint(path) for path in {self.base, *self.experts}}
         with ShardWriter(self.directory, self.shard) as writer:
             for tensor in self.shard.tensors:
                 source = find_source(tensor.name)
                 if source.model == "router":
                     writer.copy(tensor.name, router[source.name])
                     continue
-                path = self._directory(source)
-                checkpoint = opened.setdefault(path, opened.get(path) or Checkpoint(path))
+                checkpoint = opened[self._directory(source)]
                 entry = checkpoint.entries[source.name]
                 if entry.dtype == tensor.dtype:
                     writer.copy(tensor.name, entry)

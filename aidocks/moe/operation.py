@@ -45,11 +45,12 @@ class BuildMoE(Operation[MoESpec, MoEResult]):
 
             require_token()
         references = self.inputs(spec)
-        here = {f: r for f, r in references.items() if not context.resolver.needs_download(r)}
+        resolver = context.resolver
+        here = {f: r for f, r in references.items() if not resolver.needs_download(r, field=f)}
         if len(here) == len(references):
             Build(spec, context, references).require_space()
         for field, reference in here.items():
-            context.resolver.resolve(reference, field=field)
+            resolver.resolve(reference, field=field)
 
     def plan(self, spec: MoESpec, context: PlanContext) -> Plan[MoEResult]:
         name = self.output_name(spec, context.job_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -18,6 +18,25 @@ MAX_EXPERTS = 256
 
 Prompt = Annotated[str, Field(min_length=1, max_length=100_000)]
 Prompts = Annotated[tuple[Prompt, ...], Field(max_length=4096)]
+
+
+EXAMPLE: dict[str, Any] = {
+    "base_model": "smollm2-135m-instruct",
+    "gate_mode": "hidden",
+    "dtype": "bfloat16",
+    "experts": [
+        {
+            "source_model": "smollm2-135m-instruct",
+            "positive_prompts": ["Tell me a story", "chat", "questions"],
+        },
+        {
+            "source_model": "smollm2-135m-instruct-laser",
+            "positive_prompts": ["mathematics", "step-by-step", "code"],
+            "negative_prompts": ["chat"],
+        },
+    ],
+    "name": "smollm2-2x135m",
+}
 
 
 class ExpertSpec(Spec):
@@ -63,6 +82,8 @@ class MoESpec(Spec):
     ``positive_prompts`` and ``negative_prompts``) works as it is.
     """
 
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
+
     base_model: ModelRef = Field(
         description="Model that gives attention, norms, embeddings and tokenizer: a registry name, a hub "
         "model `org/name[@revision]`, or a path below an allowed root. A Llama or Mistral model.",
@@ -81,12 +102,7 @@ class MoESpec(Spec):
         # The lengths are checked below: pydantic would report a wrong one whenever an element is wrong.
         json_schema_extra={"minItems": 1, "maxItems": MAX_EXPERTS},
         description="The experts, in the order of the router's rows. The base may be one of them.",
-        examples=[
-            [
-                {"source_model": "smollm2-135m-instruct", "positive_prompts": ["chat", "questions"]},
-                {"source_model": "smollm2-135m-instruct-laser", "positive_prompts": ["mathematics", "code"]},
-            ]
-        ],
+        examples=[EXAMPLE["experts"]],
     )
     experts_per_token: int | None = Field(
         None,
@@ -97,7 +113,8 @@ class MoESpec(Spec):
     )
     name: ModelName | None = Field(
         None,
-        description="Registry name of the result. Default: the base's, `-moe-`, and the end of the job's id.",
+        description="Registry name of the result, of letters, digits, '.', '_' and '-'. Default: the "
+        "base's, `-moe-`, and the end of the job's id.",
         examples=["smollm2-2x135m"],
     )
     seed: int = Field(

@@ -1,9 +1,9 @@
 """What the documentation shows is true.
 
-Every fenced block of README.md, CONTRIBUTING.md and docs/ is checked by its language: Python compiles and what
-it imports exists; bash parses, and each ``aidocks`` command and flag in it exists, and so does each ``make``
-target; JSON and YAML parse, and where the info string names an operation (``yaml laser``) it is a valid request.
-Blocks marked ``test`` are run, page by page and in order, against a real service (test_runnable.py).
+Every fenced block of README.md, CONTRIBUTING.md and docs/ is checked by its language: Python compiles and
+what it imports exists; bash parses, and each ``aidocks`` command, flag and ``make`` target in it exists; JSON
+and YAML parse, and where the info string names an operation (``yaml laser``) it is a valid request.
+Blocks marked ``test`` are run, page by page and in order, by test_runnable.py.
 """
 
 from __future__ import annotations

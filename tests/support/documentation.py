@@ -53,12 +53,12 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def command_on_path(environment: dict[str, str], directory: Path) -> dict[str, str]:
-    """Return ``environment`` with an ``aidocks`` command, also where the project was not installed as a package."""
+    """Return ``environment`` with an ``aidocks`` command, also where the project is not installed."""
     if shutil.which("aidocks", path=environment["PATH"]):
         return environment
     commands = directory / "bin"
     commands.mkdir(exist_ok=True)
     script = commands / "aidocks"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m aidocks "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m aidocks "$@"\n')
     script.chmod(0o755)
     return environment | {"PATH": f"{commands}{os.pathsep}{environment['PATH']}"}

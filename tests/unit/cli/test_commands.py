@@ -73,8 +73,8 @@ def test_a_job_is_submitted_watched_and_shown(aidocks: Any, finished: Any) -> No
     assert "scan 1/2 (50.0%) | up_proj | 2/s | eta 0.50 s" in lines
     for text in (
         "/models/b",
-        "30.12 ± 0.5",
-        "29.5 ± 0.25",
+        "30.12 ± 0.50",
+        "29.50 ± 0.25",
         "134,515,008",
         "1m15s",
         "model.layers.3.mlp.up_proj",
@@ -252,15 +252,15 @@ def test_the_registry_can_be_used_without_a_service(
     aidocks: Any, scripted: Any, tiny_llama: Any, tmp_path: Path, home: Path
 ) -> None:
     source = tiny_llama(tmp_path / "source")
-    assert aidocks("models", "import", "tiny", str(source)).code == 0
+    assert aidocks("models", "import", str(source), "tiny").code == 0
     assert "tiny" in aidocks("models", "list", "--local").out
     assert json.loads(aidocks("models", "show", "tiny", "--local", "--json").out)["name"] == "tiny"
     assert "model.safetensors" in aidocks("models", "files", "tiny", "--local").out
     path = Path(aidocks("models", "path", "tiny").out.strip())
     assert path.is_relative_to(home)
     assert (path / "config.json").is_file()
-    assert aidocks("models", "import", "tiny", str(source)).code == 5
-    assert aidocks("models", "import", "other", str(tmp_path / "nothing")).code == 4
+    assert aidocks("models", "import", str(source), "tiny").code == 5
+    assert aidocks("models", "import", str(tmp_path / "nothing"), "other").code == 4
     answered = aidocks("ask", "tiny", "Hello", "--max-new-tokens", "3", "--json")
     assert json.loads(answered.out)["tokens"] <= 3
     assert aidocks("models", "delete", "tiny", "--local").code == 0

@@ -140,7 +140,7 @@ def test_a_problem_becomes_its_exception(
 
 def test_something_else_on_the_port_is_named(client: Client, scripted: Any, answer: Any) -> None:
     scripted.script = lambda _: answer(b"<html>hello</html>")
-    with pytest.raises(ServiceUnreachable, match="not an AIDocks service"):
+    with pytest.raises(ServiceUnreachable, match="not AIDocks of this version"):
         client.jobs()
     scripted.script = lambda _: answer(b"<html>not found</html>", 404)
     with pytest.raises(AIDocksError, match="answers 404"):

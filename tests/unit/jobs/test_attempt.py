@@ -254,7 +254,8 @@ def test_cancelling_a_running_job(
 
     ended = asyncio.run(run_and_cancel())
     assert ended.status is Status.CANCELLED
-    assert types(local_store, job)[-2:] == [EventType.CANCEL_REQUESTED, EventType.CANCELLED]
+    assert types(local_store, job).count(EventType.CANCEL_REQUESTED) == 1
+    assert types(local_store, job)[-1] is EventType.CANCELLED
     assert not (settings.workspaces_dir / job.id).exists()
 
 
@@ -264,7 +265,7 @@ def test_a_superseded_executor_touches_nothing_more(
     job, token = begin(units=6)
 
     def take_over(unit: Unit[Any]) -> None:
-        if len(local_store.units(job.id)) == 2 and local_store.get(job.id).attempt == 1:
+        if len(local_store.units(job.id)) >= 2 and local_store.get(job.id).attempt == 1:
             claim(local_store, job)
 
     with pytest.raises(LeaseLost):

@@ -1,4 +1,4 @@
-"""A way to build MoEs that drives the plan by hand: no job store, units in any order, each with an empty cache."""
+"""A way to build MoEs that drives the plan by hand: no job store, units in any order, empty caches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Build = Callable[..., Built]
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    """``build(experts, base_model=..., order=..., **fields)``: paths below the test's directory are allowed."""
+    """``build(base, experts, order=..., **fields)``; paths below the test's directory are allowed."""
     count = 0
 
     def run(

@@ -40,7 +40,10 @@ def last_hidden_states(prompts: list[str], path: Path) -> torch.Tensor:
 
 def test_hidden_rows_are_mean_difference_of_last_states(tmp_path: Path, tiny_llama: Any, build: Any) -> None:
     base = tiny_llama(tmp_path / "base")
-    positive, negative = ["def f(x):", "import os", "a much longer prompt than the others"], ["Once upon", "time"]
+    positive, negative = (
+        ["def f(x):", "import os", "a much longer prompt than the others"],
+        ["Once upon", "time"],
+    )
     built = build(
         base,
         [
@@ -96,7 +99,9 @@ def test_condition_number_tells_parallel_rows() -> None:
     assert gates.condition_numbers(parallel) == [None]
 
 
-def test_a_prompt_longer_than_the_context_counts_by_its_end(tmp_path: Path, tiny_llama: Any, build: Any) -> None:
+def test_a_prompt_longer_than_the_context_counts_by_its_end(
+    tmp_path: Path, tiny_llama: Any, build: Any
+) -> None:
     base = tiny_llama(tmp_path / "base", max_position_embeddings=64)
     tail = " and so on" * 200
     built = build(

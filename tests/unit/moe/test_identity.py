@@ -101,7 +101,9 @@ def test_scaled_rotation_is_kept(tmp_path: Path, tiny_llama: Any, build: Any, ex
     assert (logits(built.path, "float32") - dense).abs().max() < 1e-5 * dense.abs().max()
 
 
-def test_every_weight_is_where_it_belongs(tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any) -> None:
+def test_every_weight_is_where_it_belongs(
+    tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any
+) -> None:
     paths = [tiny_llama(tmp_path / f"model-{seed}", seed=seed) for seed in range(3)]
     built = build(paths[0], experts_of(*paths[1:]))
     stored = Checkpoint(built.path)

@@ -64,7 +64,10 @@ def make_integers(model: Path) -> None:
     ("change", "words"),
     [
         (config(model_type="qwen2", architectures=["Qwen2ForCausalLM"]), ["'qwen2'", "Llama and Mistral"]),
-        (config(model_type="mistral", architectures=["MistralForCausalLM"]), ["model_type", "mistral", "llama"]),
+        (
+            config(model_type="mistral", architectures=["MistralForCausalLM"]),
+            ["model_type", "mistral", "llama"],
+        ),
         (config(rms_norm_eps=1e-5), ["rms_norm_eps", "1e-05", "1e-06"]),
         (config(num_attention_heads=4, head_dim=16), ["num_attention_heads", "4", "8"]),
         (config(hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),

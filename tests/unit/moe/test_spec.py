@@ -74,7 +74,11 @@ def expert(**changes: Any) -> dict[str, Any]:
         ({"experts": [expert()], "experts_per_token": 2}, "experts_per_token", "1 expert"),
         ({"dtype": "int8"}, "dtype", "bfloat16"),
         ({"gate_mode": "hiden"}, "gate_mode", "hidden"),
-        ({"experts": [expert(), expert(positive_prompts=[])]}, "experts[1].positive_prompts", "needs prompts"),
+        (
+            {"experts": [expert(), expert(positive_prompts=[])]},
+            "experts[1].positive_prompts",
+            "needs prompts",
+        ),
         (
             {"gate_mode": "cheap_embed", "experts": [{"source_model": "a"}]},
             "experts[0].positive_prompts",
@@ -84,7 +88,7 @@ def expert(**changes: Any) -> dict[str, Any]:
         ({"experts": [expert(), expert(source_model="b")]}, "experts[1].positive_prompts", "identical"),
         ({"publish": True}, "trainer", "needs `trainer`"),
         ({"expert": 1}, "expert", "no such field"),
-        ({"name": "../up"}, "name", "not allowed"),
+        ({"name": "../up"}, "name", "letters, digits"),
     ],
 )
 def test_refusals_name_the_field(changes: dict[str, Any], field: str, words: str) -> None:
