@@ -132,6 +132,7 @@ class _JobRun:
         while True:
             stage = await _in_thread(_advance, plan, results)
             if isinstance(stage, _Returned):
+                await log.flush()
                 return stage.result
             number += 1
             results = await StageRun(stage, number, context, self._pool, log).to_results()

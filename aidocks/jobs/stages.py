@@ -34,12 +34,24 @@ class UnitLog:
         self._job = job
         self._token = token
         self._journal = journal
+        self._unsaid: Progress | None = None
+        self._said_at = 0.0
 
     async def append(self, type: EventType, **data: Any) -> None:
         await asyncio.to_thread(self._store.append, self._job.id, type, data, token=self._token)
 
     async def progress(self, progress: Progress) -> None:
-        await asyncio.to_thread(self._store.save_progress, self._job.id, progress, self._token)
+        """Write the present progress, unless that was done a moment ago."""
+        self._unsaid = progress
+        if time.monotonic() - self._said_at >= PROGRESS_INTERVAL_S:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write the progress that was held back."""
+        progress, self._unsaid = self._unsaid, None
+        if progress is not None:
+            self._said_at = time.monotonic()
+            await asyncio.to_thread(self._store.save_progress, self._job.id, progress, self._token)
 
     async def record(self, stage: str, unit: Unit[Any], unit_id: str, outcome: Outcome) -> None:
         result = outcome.result.model_dump(mode="json")
@@ -92,10 +104,11 @@ class StageRun:
         # Equal units are one unit.
         self._ids = [unit.unit_id for unit in stage.units]
         self._units = dict(zip(self._ids, stage.units, strict=True))
+        self._weights = {unit_id: unit.weight for unit_id, unit in self._units.items()}
+        self._total_weight = sum(self._weights.values())
         self._results: dict[str, BaseModel] = {}
         self._begin = time.monotonic()
-        self._said_at = 0.0
-        self._recalled_weight = 0.0
+        self._weight = self._recalled_weight = 0.0
         self._recalled = 0
 
     async def to_results(self) -> list[BaseModel]:
@@ -114,16 +127,15 @@ class StageRun:
         )
         open_ids = [unit_id for unit_id in self._units if unit_id not in self._results]
         await self._run_all(open_ids)
-        await self._say_progress(None, force=True)
+        await self._log.progress(self._progress(None))
         return [self._results[unit_id] for unit_id in self._ids]
 
     def _recall_all(self) -> None:
         for unit_id, unit in self._units.items():
             result = self._log.recall(unit, unit_id, self._context)
             if result is not None:
-                self._results[unit_id] = result
-        self._recalled = len(self._results)
-        self._recalled_weight = self._weight(self._results)
+                self._keep(unit_id, result)
+        self._recalled, self._recalled_weight = len(self._results), self._weight
         self._begin = time.monotonic()
 
     async def _run_all(self, unit_ids: Iterable[str]) -> None:
@@ -161,8 +173,8 @@ class StageRun:
                         hint="It may need more memory than a worker has; see the service's logs.",
                     ) from error
         await self._log.record(self._stage.name, unit, unit_id, outcome)
-        self._results[unit_id] = outcome.result
-        await self._say_progress(unit.label)
+        self._keep(unit_id, outcome.result)
+        await self._log.progress(self._progress(unit.label))
 
     async def _run_once(self, unit: Unit[Any], unit_id: str) -> Outcome:
         announcements: list[asyncio.Task[None]] = []
@@ -183,30 +195,24 @@ class StageRun:
             # So that "started" stands before "finished", and its failure (a lost lease) is not swallowed.
             await asyncio.gather(*announcements)
 
-    def _weight(self, unit_ids: Iterable[str]) -> float:
-        return sum(self._units[unit_id].weight for unit_id in unit_ids)
+    def _keep(self, unit_id: str, result: BaseModel) -> None:
+        self._results[unit_id] = result
+        self._weight += self._weights[unit_id]
 
-    async def _say_progress(self, label: str | None, *, force: bool = False) -> None:
-        now = time.monotonic()
-        if not force and now - self._said_at < PROGRESS_INTERVAL_S:
-            return
-        self._said_at = now
-        await self._log.progress(self._progress(label, now - self._begin))
-
-    def _progress(self, label: str | None, elapsed_s: float) -> Progress:
-        total = self._weight(self._units)
-        done = self._weight(self._results)
+    def _progress(self, label: str | None) -> Progress:
+        elapsed_s = time.monotonic() - self._begin
         count = len(self._results) - self._recalled
-        weight_per_s = (done - self._recalled_weight) / elapsed_s if elapsed_s > 0 else 0.0
+        weight_per_s = (self._weight - self._recalled_weight) / elapsed_s if elapsed_s > 0 else 0.0
+        left = max(0.0, self._total_weight - self._weight)
         return Progress(
             stage=self._stage.name,
             stage_number=self._number,
             done=len(self._results),
             total=len(self._units),
-            fraction=min(1.0, done / total) if total > 0 else 1.0,
+            fraction=min(1.0, self._weight / self._total_weight) if self._total_weight > 0 else 1.0,
             unit=label,
             units_per_s=round(count / elapsed_s, 4) if count and elapsed_s > 0 else None,
-            eta_s=round((total - done) / weight_per_s, 2) if weight_per_s > 0 else None,
+            eta_s=round(left / weight_per_s, 2) if weight_per_s > 0 else None,
             elapsed_s=round(elapsed_s, 3),
         )
 
