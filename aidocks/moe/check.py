@@ -88,7 +88,7 @@ class CheckMoE(Unit[Routing]):
         folder = self.model / "report"
         folder.mkdir(exist_ok=True)
         pictures = {
-            "routing.png": figures.draw_routing(load_LE.numpy(), self.expert_names),
+            "routing.png": figures.draw_routing(weight_LE.numpy(), self.expert_names),
             "gates.png": figures.draw_gates(cosines_LEE.numpy(), self.gates.condition, self.expert_names),
         }
         for name, content in pictures.items():

@@ -15,24 +15,24 @@ from numpy.typing import NDArray
 from aidocks.moe.gating import WORST_CONDITION
 
 _LONGEST_NAME = 28
-_LOAD, _COSINE = "YlGnBu", "RdBu_r"
+_SHARE, _COSINE = "YlGnBu", "RdBu_r"
 
 
-def draw_routing(load_LE: NDArray[np.float64], names: Sequence[str]) -> bytes:
-    """Draw the share of tokens that each expert of each layer served. Returns PNG."""
-    layers, experts = load_LE.shape
+def draw_routing(weight_LE: NDArray[np.float64], names: Sequence[str]) -> bytes:
+    """Draw the share of each layer's mixture that each expert supplied. Returns PNG."""
+    layers, experts = weight_LE.shape
     figure = Figure(
         figsize=(max(4.2, 1.6 + 0.9 * experts), max(2.6, 1.4 + 0.2 * layers)), layout="constrained"
     )
     axes = figure.add_subplot()
-    image = axes.imshow(load_LE, aspect="auto", cmap=_LOAD, vmin=0, vmax=float(load_LE.max()))
+    image = axes.imshow(weight_LE, aspect="auto", cmap=_SHARE, vmin=0, vmax=float(weight_LE.max()))
     axes.set_xticks(range(experts), [_short(name) for name in names], rotation=20, ha="right", fontsize=7)
     axes.set_yticks(range(0, layers, max(1, layers // 15)))
     axes.set_ylabel("layer")
-    axes.set_title(f"Share of choices by expert (even: {1 / experts:.2f})", fontsize=9)
+    axes.set_title(f"Share of the mixture by expert (even: {1 / experts:.2f})", fontsize=9)
     if layers * experts <= 400:
-        for (layer, expert), share in np.ndenumerate(load_LE):
-            dark = share > 0.6 * load_LE.max()
+        for (layer, expert), share in np.ndenumerate(weight_LE):
+            dark = share > 0.6 * weight_LE.max()
             axes.text(
                 expert,
                 layer,

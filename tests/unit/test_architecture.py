@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import pickle
 import subprocess
 import sys
@@ -117,5 +118,5 @@ def test_wheel_installs_one_import_name(tmp_path: Path) -> None:
 def test_ray_cluster_file_is_valid() -> None:
     ray = pytest.importorskip("ray")
     jsonschema = pytest.importorskip("jsonschema")
-    schema = yaml.safe_load((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     jsonschema.validate(yaml.safe_load((ROOT / "ray-cluster.yaml").read_text()), schema)
