@@ -116,6 +116,23 @@ class Unit(BaseModel, ABC, Generic[UnitResultT]):
         return ()
 
 
+class WrittenFiles(BaseModel):
+    """Files that a unit wrote."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: tuple[OutputFile, ...]
+
+
+class WritingUnit(Unit[WrittenFiles]):
+    """A unit whose result is the files that it wrote."""
+
+    result_type: ClassVar[type[BaseModel]] = WrittenFiles
+
+    def outputs(self, result: WrittenFiles) -> Sequence[OutputFile]:
+        return result.files
+
+
 @dataclass(frozen=True)
 class Stage:
     """Independent units that may run at the same time, in any order, anywhere."""

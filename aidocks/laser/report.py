@@ -12,18 +12,16 @@ from pydantic import BaseModel, Field
 from aidocks.laser.matrices import Matrix
 from aidocks.laser.scan import MatrixSpectrum
 from aidocks.laser.selection import Candidate
-from aidocks.laser.writing import WrittenFiles, write_file
-from aidocks.plan import OutputFile, Unit, UnitContext
+from aidocks.laser.writing import write_file
+from aidocks.plan import OutputFile, UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.laser import BeforeAfter, Rule
 
 #: Matrices whose spectrum is drawn, at most.
 PICTURED = 4
 
 
-class WriteReport(Unit[WrittenFiles]):
+class WriteReport(WritingUnit):
     """``report/ledger.json``, ``report/spectra.json`` and the PNG pictures."""
-
-    result_type: ClassVar[type[BaseModel]] = WrittenFiles
 
     checkpoint: Path = Field(description="Checkpoint directory of the base.")
     directory: Path = Field(description="Directory in which the result is staged.")
@@ -60,9 +58,6 @@ class WriteReport(Unit[WrittenFiles]):
         }
         written += [write_file(folder / name, image) for name, image in pictures.items()]
         return WrittenFiles(files=tuple(written))
-
-    def outputs(self, result: WrittenFiles) -> Sequence[OutputFile]:
-        return result.files
 
     def _pictured(self) -> list[Matrix]:
         """Accepted matrices first, then one of each kind that is not shown yet."""

@@ -12,21 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from aidocks.checkpoints.files import copy_file, hash_file, write_bytes
 from aidocks.checkpoints.writer import INDEX_FILE, ShardPlan, ShardWriter, write_index
 from aidocks.laser.matrices import Reduction
-from aidocks.plan import OutputFile, Unit, UnitContext
+from aidocks.plan import OutputFile, UnitContext, WritingUnit, WrittenFiles
 
 
-class WrittenFiles(BaseModel):
-    """Files that a unit wrote."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    files: tuple[OutputFile, ...]
-
-
-class WriteShard(Unit[WrittenFiles]):
+class WriteShard(WritingUnit):
     """One weight file: reduced matrices are computed again in their type, all else copied as bytes."""
-
-    result_type: ClassVar[type[BaseModel]] = WrittenFiles
 
     checkpoint: Path = Field(description="Checkpoint directory of the base.")
     directory: Path = Field(description="Directory in which the result is staged.")
@@ -56,14 +46,9 @@ class WriteShard(Unit[WrittenFiles]):
                     writer.copy(tensor.name, checkpoint.entries[tensor.name])
         return WrittenFiles(files=(writer.output,))
 
-    def outputs(self, result: WrittenFiles) -> Sequence[OutputFile]:
-        return result.files
 
-
-class CopyBesideWeights(Unit[WrittenFiles]):
+class CopyBesideWeights(WritingUnit):
     """Configuration, tokenizer, chat template and the index of the weight files."""
-
-    result_type: ClassVar[type[BaseModel]] = WrittenFiles
 
     checkpoint: Path = Field(description="Checkpoint directory of the base.")
     directory: Path = Field(description="Directory in which the result is staged.")
@@ -84,9 +69,6 @@ class CopyBesideWeights(Unit[WrittenFiles]):
             index = self.directory / INDEX_FILE
             written.append(OutputFile(path=index, bytes=index.stat().st_size, sha256=hash_file(index)))
         return WrittenFiles(files=tuple(written))
-
-    def outputs(self, result: WrittenFiles) -> Sequence[OutputFile]:
-        return result.files
 
 
 def write_file(target: Path, content: bytes) -> OutputFile:

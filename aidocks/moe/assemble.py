@@ -13,27 +13,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from aidocks.checkpoints.files import copy_file, hash_file, write_text
+from aidocks.checkpoints.files import copy_file, describe_file, write_text
 from aidocks.checkpoints.writer import INDEX_FILE, ShardPlan, ShardWriter, write_index
 from aidocks.moe.mixtral import TensorSource, find_source
-from aidocks.plan import OutputFile, Unit, UnitContext
+from aidocks.plan import OutputFile, UnitContext, WritingUnit, WrittenFiles
 
 if TYPE_CHECKING:
     from aidocks.checkpoints.reader import Checkpoint
 
 
-class WrittenFiles(BaseModel):
-    """Files that a unit wrote."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    files: tuple[OutputFile, ...]
-
-
-class AssembleShard(Unit[WrittenFiles]):
+class AssembleShard(WritingUnit):
     """One weight file of the MoE."""
-
-    result_type: ClassVar[type[BaseModel]] = WrittenFiles
 
     base: Path = Field(description="Checkpoint directory that gives everything but MLPs and router.")
     experts: tuple[Path, ...] = Field(description="Checkpoint directories that give the MLPs.")
@@ -69,9 +59,6 @@ class AssembleShard(Unit[WrittenFiles]):
                     writer.write(tensor.name, _cast(checkpoint, source.name, tensor.dtype))
         return WrittenFiles(files=(writer.output,))
 
-    def outputs(self, result: WrittenFiles) -> Sequence[OutputFile]:
-        return result.files
-
     def _directory(self, source: TensorSource) -> Path:
         return self.experts[source.model] if isinstance(source.model, int) else self.base
 
@@ -92,10 +79,8 @@ def _cast(checkpoint: Checkpoint, name: str, dtype: str) -> Any:
     return cast
 
 
-class WriteBesideWeights(Unit[WrittenFiles]):
+class WriteBesideWeights(WritingUnit):
     """Configuration, the index of the weight files, and the base's tokenizer files, byte for byte."""
-
-    result_type: ClassVar[type[BaseModel]] = WrittenFiles
 
     base: Path = Field(description="Checkpoint directory of the base.")
     directory: Path = Field(description="Directory in which the result is staged.")
@@ -119,11 +104,3 @@ class WriteBesideWeights(Unit[WrittenFiles]):
             write_index(self.directory, self.shards)
             files.append(describe_file(self.directory / INDEX_FILE))
         return WrittenFiles(files=tuple(files))
-
-    def outputs(self, result: WrittenFiles) -> Sequence[OutputFile]:
-        return result.files
-
-
-def describe_file(path: Path) -> OutputFile:
-    """Return what a resumed job needs to recognise a finished file."""
-    return OutputFile(path=path, bytes=path.stat().st_size, sha256=hash_file(path))
