@@ -1,7 +1,7 @@
 """Run benchmarks, print their ratios and write ``benchmarks/results/<date>.json``.
 
-    python -m benchmarks                 all of them
-    python -m benchmarks health scan     some of them
+python -m benchmarks                 all of them
+python -m benchmarks health scan     some of them
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Figures beside their limit or peer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Figures beside their limit or peer."
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES)} (default: all)")
     chosen = parser.parse_args().names or list(NAMES)
     if unknown := set(chosen) - set(NAMES):

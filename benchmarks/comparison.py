@@ -39,7 +39,9 @@ class Comparison:
         return statistics.median(a / b for a, b in zip(self.ours, self.other, strict=True))
 
 
-def in_turns(ours: Timed, other: Timed, runs: int, warm_up: int = 1) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def in_turns(
+    ours: Timed, other: Timed, runs: int, warm_up: int = 1
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Run A B A B ...; a callable may return its own measure, else its wall time in seconds counts."""
     for _ in range(warm_up):
         ours()

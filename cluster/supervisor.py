@@ -16,9 +16,10 @@ from typing import Any
 
 from aidocks.errors import LeaseLost
 from aidocks.jobs.model import Job
-from aidocks.jobs.runner import end_orphans, process_name, run_job
+from aidocks.jobs.runner import end_orphans, process_name, remove_leftovers, run_job
 from aidocks.jobs.store import LEASE_S, JobStore
 from aidocks.jobs.submit import submit_job
+from aidocks.models.registry import Registry
 from aidocks.settings import Settings
 from cluster.pool import RayPool
 
@@ -120,7 +121,7 @@ class Supervisor:
                     await asyncio.to_thread(self._store.renew_lease, self._token)
                 if now >= swept:
                     swept = now + SWEEP_S
-                    await asyncio.to_thread(end_orphans, self._store, self._settings)
+                    await asyncio.to_thread(self._sweep)
                 self._pool.release_idle()
                 self._reap()
                 await self._start_jobs(self._pool)
@@ -130,6 +131,12 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*self._running.values(), return_exceptions=True)
             await self._pool.close()
+
+    def _sweep(self) -> None:
+        """Clear away what processes that were killed have left behind."""
+        end_orphans(self._store, self._settings)
+        remove_leftovers(self._store, self._settings)
+        Registry(self._settings.models_dir).sweep_trash()
 
     async def _start_jobs(self, pool: RayPool) -> None:
         if len(self._running) >= JOBS_AT_ONCE:

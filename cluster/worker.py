@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aidocks.executor import Outcome
+from aidocks.executor import Outcome, let_threads_sleep
 from aidocks.plan import Unit, UnitContext, WorkerCache
 
 
@@ -30,6 +30,7 @@ class Worker:
         # Read by the libraries when they are first imported, which the first unit does.
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[variable] = str(threads)
+        let_threads_sleep()
 
     def place(self) -> tuple[str, int]:
         """Return host name and process id; answers as soon as the worker is up."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import os
 import socket
 import sys
@@ -20,6 +19,7 @@ TinyLlama = Callable[..., Path]
 
 # One thread a process: the tests share a small machine with the workers that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -97,7 +97,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data directory of the test's own, also for subprocesses that inherit the environment."""
     directory = tmp_path / "home"
     directory.mkdir()
-    for name in [name for name in os.environ if name.startswith("AIDOCKS_") and name != "AIDOCKS_SHARED_DATA"]:
+    for name in [
+        name for name in os.environ if name.startswith("AIDOCKS_") and name != "AIDOCKS_SHARED_DATA"
+    ]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AIDOCKS_HOME", str(directory))
     return directory
@@ -154,5 +156,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-

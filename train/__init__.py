@@ -1,1 +1,1 @@
-"""Ray Train loops. Empty until fine-tuning lands; the package exists so that import directions are checked from the start."""
+"""Ray Train loops: empty until fine-tuning lands, but part of the checked directions of imports."""

@@ -109,18 +109,18 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}{UNFINISHED}{uuid.uuid4().hex[:12]}")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> OutputFile:
     """Write a small file so that it appears whole or not at all, and survives a power cut."""
-    write_bytes(path, text.encode())
+    return write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> OutputFile:
     """Write a small file so that it appears whole or not at all, and survives a power cut."""
     staged = StagedFile(path, len(content))
     staged.create()
     try:
         staged.write(0, content)
-        staged.publish()
+        return staged.publish()
     finally:
         staged.discard()
 

@@ -160,10 +160,10 @@ class ShardWriter:
         )
 
 
-def write_index(directory: Path, shards: Sequence[ShardPlan]) -> None:
-    """Write ``model.safetensors.index.json`` when there is more than one weight file."""
+def write_index(directory: Path, shards: Sequence[ShardPlan]) -> tuple[OutputFile, ...]:
+    """Write ``model.safetensors.index.json`` when there is more than one weight file; return what was written."""
     if len(shards) == 1:
-        return
+        return ()
     weight_map = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}
     index = {
         "metadata": {
@@ -172,7 +172,7 @@ def write_index(directory: Path, shards: Sequence[ShardPlan]) -> None:
         },
         "weight_map": dict(sorted(weight_map.items())),
     }
-    write_text(directory / INDEX_FILE, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+    return (write_text(directory / INDEX_FILE, json.dumps(index, indent=2, ensure_ascii=False) + "\n"),)
 
 
 def parse_size(text: str | int) -> int:

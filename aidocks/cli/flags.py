@@ -46,8 +46,10 @@ class Flag:
 
 
 def flags_of(spec_type: type[Spec]) -> tuple[Flag, ...]:
-    """Return one flag for each field, in the order of the spec."""
-    return tuple(_flag(name, field) for name, field in spec_type.model_fields.items())
+    """Return one flag for each field: the spec's own, in its order, then those that it shares with others."""
+    own = spec_type.__annotations__
+    fields = sorted(spec_type.model_fields.items(), key=lambda item: item[0] not in own)
+    return tuple(_flag(name, field) for name, field in fields)
 
 
 def given_fields(flags: Sequence[Flag], values: Mapping[str, Any]) -> dict[str, Any]:

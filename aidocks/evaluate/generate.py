@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,13 +52,12 @@ def answer(
         IncompatibleModels: When the model does not load as a causal language model.
         InvalidSpec: When the question leaves no room for an answer in the model's context.
     """
-    # Threads that wait for each other by spinning starve each other on a busy machine: 30 times slower was
-    # measured. The variable is read when torch is loaded; a user's own choice stays.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from aidocks.executor import best_device, let_threads_sleep
+
+    let_threads_sleep()
     import torch
 
     from aidocks.evaluate.causal_lm import load
-    from aidocks.executor import best_device
 
     model = load(model_path, None, best_device())
     prompt = _prompt(model.tokenizer, question).to(model.network.device)

@@ -17,6 +17,8 @@ Split = Literal["search", "held_out"]
 _SHIPPED = Path(__file__).parent / "texts"
 NAMED_TEXTS = {"prose": _SHIPPED / "prose.txt"}
 _MAX_BYTES = 1 << 30
+#: Tokens are at most so many characters long on average in any text that is worth measuring on.
+_CHARACTERS_PER_TOKEN = 16
 
 
 class TextSource(BaseModel):
@@ -129,6 +131,26 @@ def _record_text(line: str, number: int, name: str, field: str | None) -> str:
             hint='Each line must look like {"text": "..."}.',
         )
     return text
+
+
+def require_chunks(model: Path, text: TextSource, split: Split, chunks: int, length: int, seed: int) -> None:
+    """Refuse a text that is too short, counted with the model's own tokenizer where that needs no torch.
+
+    Args:
+        model: Checkpoint directory.
+        length: Of a chunk, in tokens.
+
+    Raises:
+        InvalidSpec: Saying how many chunks there are.
+    """
+    file = model / "tokenizer.json"
+    if not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    enough = 2 * chunks * length * _CHARACTERS_PER_TOKEN
+    ids = Tokenizer.from_file(str(file)).encode(read_text(text)[:enough], add_special_tokens=False).ids
+    choose_chunks(len(ids) // length, split, chunks, seed)
 
 
 def choose_chunks(available: int, split: Split, chunks: int, seed: int = 0) -> list[int]:

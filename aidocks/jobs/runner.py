@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aidocks.errors import IllegalTransition, LeaseLost, WorkerLost
+from aidocks.errors import IllegalTransition, LeaseLost, UnknownJob, WorkerLost
 from aidocks.executor import InProcessPool
 from aidocks.jobs.attempt import remove_workspace, run_job
 from aidocks.jobs.model import Event, Job, Status
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from aidocks.settings import Settings
     from aidocks.specs.base import Spec
 
-__all__ = ["end_orphans", "process_name", "remove_workspace", "run_job", "run_locally", "submit_job"]
+__all__ = [
+    "end_orphans",
+    "process_name",
+    "remove_leftovers",
+    "remove_workspace",
+    "run_job",
+    "run_locally",
+    "submit_job",
+]
 
 EVENT_POLL_S = 0.1
 
@@ -148,6 +156,14 @@ def _fail_orphan(store: JobStore, settings: Settings, job: Job) -> Job:
     ended = store.transition(job.id, status, token=token, error=problem)
     store.release_lease(token)
     return ended
+
+
+def remove_leftovers(store: JobStore, settings: Settings) -> None:
+    """Remove the workspaces of jobs that have ended: an executor died between a job's end and this."""
+    for workspace in settings.workspaces_dir.glob("job-*"):
+        with suppress(UnknownJob):
+            if store.get(workspace.name).status.terminal:
+                remove_workspace(settings, workspace.name)
 
 
 def lease_place(job_id: str) -> str:

@@ -1,17 +1,14 @@
-"""What must be true of a base model and a text before any work begins; reads headers and configurations."""
+"""What must be true of a base model before any work begins; reads headers and configurations."""
 
 from __future__ import annotations
 
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import IncompatibleModels, InvalidSpec
-from aidocks.evaluate.texts import TextSource, choose_chunks, read_text
 from aidocks.laser.matrices import Matrix, find_matrices, select_matrices
 from aidocks.specs.laser import LaserSpec
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-#: Tokens are at most so many characters long on average in any text that is worth measuring on.
-_CHARACTERS_PER_TOKEN = 16
 
 
 def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
@@ -56,20 +53,3 @@ def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
             hint=f"At most {context}.",
         )
     return select_matrices(find_matrices(checkpoint.entries), spec.layers, spec.kinds, name)
-
-
-def check_text(checkpoint: Checkpoint, text: TextSource, spec: LaserSpec) -> None:
-    """Refuse a text that is too short, counted with the model's own tokenizer where that needs no torch.
-
-    Raises:
-        InvalidSpec: Saying how many chunks there are.
-    """
-    file = checkpoint.path / "tokenizer.json"
-    if not file.is_file():
-        return
-    from tokenizers import Tokenizer
-
-    enough = 2 * spec.chunks * spec.seqlen * _CHARACTERS_PER_TOKEN
-    content = read_text(text)[:enough]
-    ids = Tokenizer.from_file(str(file)).encode(content, add_special_tokens=False).ids
-    choose_chunks(len(ids) // spec.seqlen, "search", spec.chunks, spec.seed)

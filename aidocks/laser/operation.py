@@ -8,22 +8,21 @@ scan every matrix -> rank by random matrix theory -> measure each candidate alon
 from __future__ import annotations
 
 from collections.abc import Generator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from aidocks._version import __version__
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import TensorPlan, parse_size, plan_shards
-from aidocks.evaluate.texts import TextSource, resolve_text
-from aidocks.laser.checks import check_base, check_text
+from aidocks.evaluate.texts import TextSource, require_chunks, resolve_text
+from aidocks.laser.checks import check_base
 from aidocks.laser.matrices import Matrix
 from aidocks.laser.report import WriteReport
 from aidocks.laser.search import Findings, Search
 from aidocks.laser.writing import CopyBesideWeights, WriteShard
-from aidocks.models.hub import FetchModel, PublishToHub, require_token
-from aidocks.models.manifest import Manifest, ManifestFile, Parent
+from aidocks.models.hub import FetchModel, require_token
+from aidocks.models.parents import describe_parent
+from aidocks.models.publication import Staged, find_published, publish, upload
 from aidocks.plan import Operation, OutputFile, Plan, PlanContext, Stage
 from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.laser import AcceptedReduction, LaserResult, LaserSpec
@@ -55,10 +54,10 @@ class Laser(Operation[LaserSpec, LaserResult]):
         _check(Checkpoint(base.path), text, spec, context)
 
     def plan(self, spec: LaserSpec, context: PlanContext) -> Plan[LaserResult]:
-        result = _published_before(spec, context)
+        result = find_published(spec.laser_model_name, LaserResult, context)
         if result is None:
             result = yield from self._make(spec, context)
-        return (yield from _upload(result, spec, context)) if spec.publish else result
+        return (yield from upload(result, spec))
 
     def _make(self, spec: LaserSpec, context: PlanContext) -> Plan[LaserResult]:
         base = yield from _find_base(spec, context)
@@ -79,7 +78,7 @@ def _check(
     checkpoint: Checkpoint, text: TextSource, spec: LaserSpec, context: PlanContext
 ) -> tuple[Matrix, ...]:
     matrices = check_base(checkpoint, spec)
-    check_text(checkpoint, text, spec)
+    require_chunks(checkpoint.path, text, "search", spec.chunks, spec.seqlen, spec.seed)
     require_space(context.workspace, checkpoint.total_bytes + _BESIDE_WEIGHTS_BYTES)
     return matrices
 
@@ -125,8 +124,8 @@ def _write(
 def _register(
     findings: Findings, files: list[OutputFile], spec: LaserSpec, context: PlanContext, checkpoint: Checkpoint
 ) -> LaserResult:
-    staged = context.workspace / "model"
-    pictures = [f.path.relative_to(staged).as_posix() for f in files if f.path.suffix == ".png"]
+    directory = context.workspace / "model"
+    pictures = [f.path.relative_to(directory).as_posix() for f in files if f.path.suffix == ".png"]
     result = LaserResult(
         model=spec.laser_model_name,
         accepted=_accepted(findings),
@@ -138,8 +137,16 @@ def _register(
         parameters=sum(entry.numel for entry in checkpoint.entries.values()),
         pictures=tuple(pictures),
     )
-    path = context.registry.publish(staged, _manifest(result, files, spec, context, checkpoint))
-    return result.model_copy(update={"path": str(path)})
+    base = describe_parent("base_model_name", spec.base_model_name, checkpoint, context.cache_dir)
+    staged = Staged(
+        directory=directory,
+        files=files,
+        parents=(base,),
+        parameters=result.parameters,
+        dtype=checkpoint.config.get("dtype"),
+        architecture=checkpoint.config["architectures"][0],
+    )
+    return publish(staged, "laser", spec, result, context)
 
 
 def _accepted(findings: Findings) -> tuple[AcceptedReduction, ...]:
@@ -156,56 +163,3 @@ def _accepted(findings: Findings) -> tuple[AcceptedReduction, ...]:
         }
         lines.append(AcceptedReduction.model_validate(line | effect.model_dump()))
     return tuple(lines)
-
-
-def _manifest(
-    result: LaserResult,
-    files: list[OutputFile],
-    spec: LaserSpec,
-    context: PlanContext,
-    checkpoint: Checkpoint,
-) -> Manifest:
-    staged = context.workspace / "model"
-    return Manifest(
-        name=spec.laser_model_name,
-        created_at=datetime.now(UTC),
-        operation="laser",
-        job_id=context.job_id,
-        spec=spec.model_dump(mode="json"),
-        parents=(
-            Parent(
-                field="base_model_name",
-                reference=spec.base_model_name,
-                content_hash=checkpoint.content_hash(context.cache_dir),
-                path_name=checkpoint.path.name,
-            ),
-        ),
-        code_version=__version__,
-        files=tuple(
-            ManifestFile(path=f.path.relative_to(staged).as_posix(), bytes=f.bytes, sha256=f.sha256)
-            for f in files
-        ),
-        metrics=result.model_dump(mode="json"),
-        parameters=result.parameters,
-        dtype=checkpoint.config.get("dtype"),
-        architecture=checkpoint.config["architectures"][0],
-        bytes=sum(f.bytes for f in files),
-    )
-
-
-def _published_before(spec: LaserSpec, context: PlanContext) -> LaserResult | None:
-    """Return the result of an earlier attempt that ended between publication and its last word."""
-    name = spec.laser_model_name
-    if not context.registry.exists(name) or context.registry.manifest(name).job_id != context.job_id:
-        return None
-    result = LaserResult.model_validate(context.registry.manifest(name).metrics)
-    return result.model_copy(update={"path": str(context.registry.path(name))})
-
-
-def _upload(
-    result: LaserResult, spec: LaserSpec, context: PlanContext
-) -> Generator[Stage, list[Any], LaserResult]:
-    directory = context.registry.path(spec.laser_model_name)
-    unit = PublishToHub(directory=directory, repo_id=f"{spec.trainer}/{spec.laser_model_name}")
-    (published,) = yield Stage("publish", (unit,))
-    return result.model_copy(update={"hub_url": published.url})

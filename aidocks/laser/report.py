@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
+from aidocks.checkpoints.files import write_bytes, write_text
 from aidocks.laser.matrices import Matrix
 from aidocks.laser.scan import MatrixSpectrum
 from aidocks.laser.selection import Candidate
-from aidocks.laser.writing import write_file
 from aidocks.plan import OutputFile, UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.laser import BeforeAfter, Rule
 
@@ -56,7 +55,7 @@ class WriteReport(WritingUnit):
             "candidates.png": figures.draw_candidates(self.candidates, self.z_threshold),
             "before_after.png": figures.draw_before_after(self.search, self.held_out),
         }
-        written += [write_file(folder / name, image) for name, image in pictures.items()]
+        written += [write_bytes(folder / name, image) for name, image in pictures.items()]
         return WrittenFiles(files=tuple(written))
 
     def _pictured(self) -> list[Matrix]:
@@ -97,4 +96,4 @@ def _line(candidate: Candidate) -> dict[str, Any]:
 
 
 def _write_json(target: Path, content: Any) -> OutputFile:
-    return write_file(target, (json.dumps(content, indent=1) + "\n").encode())
+    return write_text(target, json.dumps(content, indent=1) + "\n")

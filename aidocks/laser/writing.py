@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from aidocks.checkpoints.files import copy_file, hash_file, write_bytes
-from aidocks.checkpoints.writer import INDEX_FILE, ShardPlan, ShardWriter, write_index
+from aidocks.checkpoints.files import copy_file
+from aidocks.checkpoints.writer import ShardPlan, ShardWriter, write_index
 from aidocks.laser.matrices import Reduction
-from aidocks.plan import OutputFile, UnitContext, WritingUnit, WrittenFiles
+from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 
 
 class WriteShard(WritingUnit):
@@ -64,14 +61,4 @@ class CopyBesideWeights(WritingUnit):
         checkpoint = open_checkpoint(self.checkpoint, context)
         sources = [checkpoint.path / "config.json", *checkpoint.metadata_files()]
         written = [copy_file(source, self.directory / source.name) for source in sources]
-        write_index(self.directory, self.shards)
-        if len(self.shards) > 1:
-            index = self.directory / INDEX_FILE
-            written.append(OutputFile(path=index, bytes=index.stat().st_size, sha256=hash_file(index)))
-        return WrittenFiles(files=tuple(written))
-
-
-def write_file(target: Path, content: bytes) -> OutputFile:
-    """Write a small file so that it appears whole, and describe it."""
-    write_bytes(target, content)
-    return OutputFile(path=target, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        return WrittenFiles(files=(*written, *write_index(self.directory, self.shards)))

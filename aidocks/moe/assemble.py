@@ -7,14 +7,13 @@ torch, and memory that does not grow with the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from aidocks.checkpoints.files import copy_file, describe_file, write_text
-from aidocks.checkpoints.writer import INDEX_FILE, ShardPlan, ShardWriter, write_index
+from aidocks.checkpoints.files import copy_file, write_text
+from aidocks.checkpoints.writer import ShardPlan, ShardWriter, write_index
 from aidocks.moe.mixtral import TensorSource, find_source
 from aidocks.plan import OutputFile, UnitContext, WritingUnit, WrittenFiles
 
@@ -98,9 +97,6 @@ class WriteBesideWeights(WritingUnit):
             copy_file(source, self.directory / source.name)
             for source in Checkpoint(self.base).metadata_files()
         ]
-        write_text(self.directory / "config.json", json.dumps(self.config, indent=2, sort_keys=True) + "\n")
-        files.append(describe_file(self.directory / "config.json"))
-        if len(self.shards) > 1:
-            write_index(self.directory, self.shards)
-            files.append(describe_file(self.directory / INDEX_FILE))
-        return WrittenFiles(files=tuple(files))
+        config = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
+        files.append(write_text(self.directory / "config.json", config))
+        return WrittenFiles(files=(*files, *write_index(self.directory, self.shards)))

@@ -12,13 +12,15 @@ from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import parse_size, plan_shards
 from aidocks.evaluate.perplexity import MeasurePerplexity, PerplexityResult
 from aidocks.evaluate.texts import resolve_text
-from aidocks.moe.assemble import AssembleShard, WriteBesideWeights, WrittenFiles
+from aidocks.models.parents import describe_parent
+from aidocks.models.publication import Staged
+from aidocks.moe.assemble import AssembleShard, WriteBesideWeights
 from aidocks.moe.check import CheckMoE, Routing
 from aidocks.moe.compatibility import check_members, check_text
 from aidocks.moe.dense import Member, mlp_shapes, stored_dtype
 from aidocks.moe.gating import ComputeGates, Gates, Prompts
 from aidocks.moe.mixtral import mixtral_config, plan_tensors
-from aidocks.plan import OutputFile, Plan, PlanContext, Stage
+from aidocks.plan import OutputFile, Plan, PlanContext, Stage, WrittenFiles
 from aidocks.specs.moe import ExpertShare, ModelPerplexity, MoEResult, MoESpec
 
 #: Room beside the weights: tokenizer, router rows, pictures.
@@ -74,6 +76,22 @@ class Build:
         self.files = [*(file for part in written for file in part.files), *routing.files]
         perplexities = yield from self._evaluate(name)
         return self._result(name, gates, routing, perplexities)
+
+    def finished(self, result: MoEResult) -> Staged:
+        """Describe what is staged once :meth:`run` has returned ``result``."""
+        return Staged(
+            directory=self.staged,
+            files=self.files,
+            parents=[
+                describe_parent(m.field, m.reference, m.checkpoint, self.context.cache_dir)
+                for m in (self.base, *self.experts)
+            ],
+            parameters=self.parameters,
+            dtype=self.dtype,
+            architecture="MixtralForCausalLM",
+            # By subject: the model card shows single numbers, and counts lists.
+            figures={"perplexity": {m.model: m.perplexity for m in result.perplexities}},
+        )
 
     def _compute_gates(self) -> ComputeGates:
         is_random = self.spec.gate_mode == "random"

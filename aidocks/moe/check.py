@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from aidocks.checkpoints.files import write_bytes, write_text
 from aidocks.errors import CorruptCheckpoint
 from aidocks.evaluate.texts import Split, TextSource, choose_chunks
-from aidocks.moe.assemble import describe_file
 from aidocks.moe.gating import Gates
 from aidocks.moe.mixtral import router_name
 from aidocks.plan import OutputFile, Unit, UnitContext
@@ -92,8 +91,7 @@ class CheckMoE(Unit[Routing]):
             "gates.png": figures.draw_gates(cosines_LEE.numpy(), self.gates.condition, self.expert_names),
         }
         for name, content in pictures.items():
-            write_bytes(folder / name, content)
-            yield describe_file(folder / name)
+            yield write_bytes(folder / name, content)
         report = {
             "experts": self.expert_names,
             "tokens": tokens,
@@ -102,8 +100,7 @@ class CheckMoE(Unit[Routing]):
             "gate_condition": self.gates.condition,
             "gate_cosines": [_rows(layer) for layer in cosines_LEE],
         }
-        write_text(folder / "routing.json", json.dumps(report) + "\n")
-        yield describe_file(folder / "routing.json")
+        yield write_text(folder / "routing.json", json.dumps(report) + "\n")
 
     def _cosines(self) -> torch.Tensor:
         """Return how parallel the router rows are, float64 [L, E, E]."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aidocks.errors import InvalidSpec
-from aidocks.evaluate.texts import TextSource, choose_chunks, read_text
+from aidocks.evaluate.texts import TextSource, require_chunks
 from aidocks.moe.dense import (
     COMPARED,
     DenseConfig,
@@ -23,8 +23,6 @@ from aidocks.moe.dense import (
 from aidocks.specs.moe import MoESpec
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-#: Tokens are at most so many characters long on average in any text that is worth measuring on.
-_CHARACTERS_PER_TOKEN = 16
 
 
 def check_members(base: Member, experts: Sequence[Member]) -> DenseConfig:
@@ -142,11 +140,4 @@ def check_text(base: Member, config: DenseConfig, text: TextSource, spec: MoESpe
             value=spec.seqlen,
             hint=f"At most {config.max_position_embeddings}.",
         )
-    file = base.checkpoint.path / "tokenizer.json"
-    if not file.is_file():
-        return
-    from tokenizers import Tokenizer
-
-    enough = 2 * spec.chunks * spec.seqlen * _CHARACTERS_PER_TOKEN
-    ids = Tokenizer.from_file(str(file)).encode(read_text(text)[:enough], add_special_tokens=False).ids
-    choose_chunks(len(ids) // spec.seqlen, "held_out", spec.chunks, spec.seed)
+    require_chunks(base.checkpoint.path, text, "held_out", spec.chunks, spec.seqlen, spec.seed)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any, ClassVar
 
 from aidocks.checkpoints.writer import parse_size
 from aidocks.evaluate.texts import resolve_text
+from aidocks.models.publication import find_published, publish, upload
 from aidocks.moe.build import Build
-from aidocks.moe.publication import find_published, publish
 from aidocks.plan import Operation, Plan, PlanContext, Stage
 from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.moe import MoEResult, MoESpec
@@ -54,15 +53,16 @@ class BuildMoE(Operation[MoESpec, MoEResult]):
 
     def plan(self, spec: MoESpec, context: PlanContext) -> Plan[MoEResult]:
         name = self.output_name(spec, context.job_id)
-        result = find_published(name, context)
+        result = find_published(name, MoEResult, context)
         if result is None:
             references = self.inputs(spec)
             fetched = yield from _fetch(references, context)
             build = Build(spec, context, references)
             if fetched:
                 build.require_space()
-            result = publish(build, name, (yield from build.run(name)))
-        return (yield from _upload(result, spec)) if spec.publish else result
+            result = yield from build.run(name)
+            result = publish(build.finished(result), "byo-moe", spec, result, context)
+        return (yield from upload(result, spec))
 
 
 def _fetch(references: dict[str, str], context: PlanContext) -> Generator[Stage, list[Any], bool]:
@@ -73,16 +73,6 @@ def _fetch(references: dict[str, str], context: PlanContext) -> Generator[Stage,
 
         yield Stage("fetch", tuple(FetchModel(reference=reference) for reference in missing))
     return bool(missing)
-
-
-def _upload(result: MoEResult, spec: MoESpec) -> Plan[MoEResult]:
-    from aidocks.models.hub import PublishedModel, PublishToHub
-
-    assert result.path is not None, "it was published"
-    unit = PublishToHub(directory=Path(result.path), repo_id=f"{spec.trainer}/{result.model}")
-    uploaded: PublishedModel
-    (uploaded,) = yield Stage("publish", (unit,))
-    return result.model_copy(update={"hub_url": uploaded.url})
 
 
 def _derive_name(base: str, job_id: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from aidocks.errors import InvalidSpec
 
 # Registry names become directory names: one path segment, no leading dot, nothing a shell or a URL would read.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
@@ -35,6 +37,35 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
+class PublishableSpec(Spec):
+    """Base of the specs whose result is a model that can also go to the model hub."""
+
+    publish: bool = Field(
+        False,
+        description="Also upload the result to the model hub, as `trainer/<its name>`.",
+        examples=[False],
+    )
+    trainer: str | None = Field(
+        None,
+        pattern=NAME_PATTERN,
+        description="User or organisation on the model hub that receives the result. Needed by `publish`.",
+        examples=["my-organisation"],
+    )
+    private: bool = Field(
+        True, description="Whether a repository that `publish` creates can only be seen by `trainer`."
+    )
+
+    @model_validator(mode="after")
+    def _know_where_to(self) -> PublishableSpec:
+        if self.publish and self.trainer is None:
+            raise InvalidSpec(
+                "`publish` needs `trainer`.",
+                field="trainer",
+                hint="Name the user or organisation on the hub.",
+            )
+        return self
+
+
 class OperationResult(BaseModel):
     """Base of what operations return: small, typed, JSON."""
 
@@ -43,3 +74,10 @@ class OperationResult(BaseModel):
     model: str | None = Field(None, description="Registry name of the model that was made.")
     path: str | None = Field(None, description="Directory of that model on the service's file system.")
     seconds: float | None = Field(None, description="Wall time from start to publication, in seconds.")
+
+
+class ModelResult(OperationResult):
+    """Base of the results of operations that make a model."""
+
+    pictures: tuple[str, ...] = Field((), description="Pictures, relative to the model's directory.")
+    hub_url: str | None = Field(None, description="Where the result was uploaded, if it was.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from aidocks.specs.base import ModelName, ModelRef, OperationResult, Spec
+from aidocks.specs.base import ModelName, ModelRef, ModelResult, PublishableSpec
 
 #: Candidates that are tried when the request does not say how many: what the original LaserRMT tries.
 DEFAULT_CANDIDATES = 15
@@ -35,12 +35,24 @@ def _parse_layers(layers: Any) -> Any:
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...] | None, BeforeValidator(_parse_layers)]
 
 
-class LaserSpec(Spec):
+EXAMPLE: dict[str, Any] = {
+    "base_model_name": "smollm2-135m-instruct",
+    "laser_model_name": "smollm2-135m-instruct-laser",
+    "layers": "11-18",
+    "kinds": ["v_proj"],
+    "rule": "laserrmt",
+    "chunks": 64,
+}
+
+
+class LaserSpec(PublishableSpec):
     """Reduce the rank of weight matrices where that lowers perplexity significantly.
 
     The original body (``base_model_name``, ``laser_model_name``, ``publish``, ``trainer``,
     ``top_k_layers``, ``mode``, ``seqlen``) works as it is.
     """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     base_model_name: ModelRef = Field(
         description="Model to optimise: a registry name, a hub model `org/name[@revision]`, or a path below "
@@ -49,17 +61,6 @@ class LaserSpec(Spec):
     )
     laser_model_name: ModelName = Field(
         description="Registry name of the result.", examples=["smollm2-135m-instruct-laser"]
-    )
-    publish: bool = Field(
-        False,
-        description="Also upload the result to the model hub, as `trainer/laser_model_name`.",
-        examples=[False],
-    )
-    trainer: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
-        description="User or organisation on the model hub that receives the result. Needed by `publish`.",
-        examples=["my-organisation"],
     )
     candidates: int | None = Field(
         None,
@@ -156,8 +157,6 @@ class LaserSpec(Spec):
             raise ValueError("give either `candidates` or its original name `top_k_layers`, not both")
         if self.selection == "exhaustive" and (self.candidates or self.top_k_layers):
             raise ValueError("`exhaustive` tries every matrix: leave `candidates` out, or select by `snr`")
-        if self.publish and self.trainer is None:
-            raise ValueError("`publish` needs `trainer`: the user or organisation on the hub")
         return self
 
     @property
@@ -198,7 +197,7 @@ class BeforeAfter(_Part):
     tokens: int = Field(description="Tokens that were predicted.")
 
 
-class LaserResult(OperationResult):
+class LaserResult(ModelResult):
     """What a ``/laser`` job returns."""
 
     accepted: tuple[AcceptedReduction, ...] = Field(
@@ -212,5 +211,3 @@ class LaserResult(OperationResult):
     candidates_tried: int = Field(description="Matrices whose reduction was measured.")
     matrices_scanned: int = Field(description="Matrices whose spectrum was computed.")
     parameters: int = Field(description="Parameters of the result (its storage is dense).")
-    pictures: tuple[str, ...] = Field((), description="Pictures, relative to the model's directory.")
-    hub_url: str | None = Field(None, description="Where the result was uploaded, if it was.")

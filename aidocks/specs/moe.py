@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from aidocks.errors import InvalidSpec
-from aidocks.specs.base import ModelName, ModelRef, OperationResult, Spec
+from aidocks.specs.base import ModelName, ModelRef, ModelResult, PublishableSpec, Spec
 
 GateMode = Literal["hidden", "cheap_embed", "random"]
 DType = Literal["float32", "float16", "bfloat16"]
@@ -75,7 +75,7 @@ class ExpertSpec(Spec):
         return frozenset(self.positive_prompts), frozenset(self.negative_prompts)
 
 
-class MoESpec(Spec):
+class MoESpec(PublishableSpec):
     """Combine the attention of a base model with the MLPs of experts into one Mixtral model.
 
     The original body (``base_model``, ``gate_mode``, ``dtype``, ``experts`` with ``source_model``,
@@ -140,15 +140,6 @@ class MoESpec(Spec):
     seqlen: int = Field(
         128, ge=8, le=32_768, description="Length of an evaluation chunk, in tokens.", examples=[128]
     )
-    publish: bool = Field(
-        False, description="Also upload the result to the model hub, as `trainer/name`.", examples=[False]
-    )
-    trainer: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
-        description="User or organisation on the model hub that receives the result. Needed by `publish`.",
-        examples=["my-organisation"],
-    )
 
     @field_validator("gate_mode", mode="before")
     @classmethod
@@ -170,12 +161,6 @@ class MoESpec(Spec):
                 field="experts_per_token",
                 value=self.experts_per_token,
                 hint=f"At most {len(self.experts)}.",
-            )
-        if self.publish and self.trainer is None:
-            raise InvalidSpec(
-                "`publish` needs `trainer`.",
-                field="trainer",
-                hint="Name the user or organisation on the hub.",
             )
         if self.gate_mode != "random":
             self._check_prompts()
@@ -235,7 +220,7 @@ class ExpertShare(_Part):
     idle_layers: int = Field(description="Layers in which no token was sent to it.")
 
 
-class MoEResult(OperationResult):
+class MoEResult(ModelResult):
     """What a ``/byo-moe`` job returns."""
 
     experts: tuple[ExpertShare, ...] = Field(description="In the order of the request.")
@@ -250,5 +235,3 @@ class MoEResult(OperationResult):
     parameters: int = Field(description="Parameters of the result.")
     active_parameters: int = Field(description="Parameters that one token passes through.")
     bytes: int = Field(description="Bytes of its weights.")
-    pictures: tuple[str, ...] = Field((), description="Pictures, relative to the model's directory.")
-    hub_url: str | None = Field(None, description="Where the result was uploaded, if it was.")

@@ -61,7 +61,8 @@ class Count(Operation[CountSpec, CountResult]):
 
     def plan(self, spec: CountSpec, context: PlanContext) -> Plan[CountResult]:
         source = context.resolver.resolve(spec.source, field="source").path
-        counts = yield Stage("count", tuple(CountTensor(checkpoint=source, tensor=n) for n in Checkpoint(source).entries))
+        tensors = Checkpoint(source).entries
+        counts = yield Stage("count", tuple(CountTensor(checkpoint=source, tensor=name) for name in tensors))
         return CountResult(parameters=sum(c.count for c in counts))
 '''
 
