@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from aidocks.checkpoints.files import OutputFile, state_of
 from aidocks.specs.base import OperationResult, Spec
 
 if TYPE_CHECKING:
@@ -33,29 +34,31 @@ SpecT = TypeVar("SpecT", bound=Spec)
 ResultT = TypeVar("ResultT", bound=OperationResult)
 
 
-class OutputFile(BaseModel):
-    """A file that a unit wrote, so that a resumed job can tell whether it is still the same file."""
-
-    model_config = ConfigDict(frozen=True)
-
-    path: Path
-    bytes: int
-    sha256: str
-
-
 class WorkerCache:
-    """What a worker keeps between units (a loaded model, tokenised texts): a small least-recently-used store."""
+    """What a worker keeps between units (a loaded model, opened files): a small least-recently-used store."""
 
     def __init__(self, entries: int = 4) -> None:
         self._entries = entries
         self._values: OrderedDict[str, Any] = OrderedDict()
+        self._large: set[str] = set()
 
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        """Return the value under ``key``, making (and keeping) it when it is not there."""
+    def get(self, key: str, make: Callable[[], Any], *, large: bool = False) -> Any:
+        """Return the value under ``key``, making (and keeping) it when it is not there.
+
+        Args:
+            key: What the value depends on, all of it.
+            make: Makes the value.
+            large: Of these only one is kept, and it goes before the next one is made: a worker never holds two
+                models.
+        """
         if key not in self._values:
+            for loser in self._large & self._values.keys() if large else ():
+                del self._values[loser]
             while len(self._values) >= self._entries:
                 self._values.popitem(last=False)
             self._values[key] = make()
+            if large:
+                self._large = {key}
         self._values.move_to_end(key)
         return self._values[key]
 
@@ -75,6 +78,18 @@ class UnitContext:
     device: str = "cpu"
     threads: int = 1
     cache: WorkerCache = field(default_factory=WorkerCache)
+
+    def keep(self, kind: str, directory: Path, make: Callable[[], Any], *, large: bool = False) -> Any:
+        """Return what this worker made of a directory's files before, as long as they are the same files.
+
+        Args:
+            kind: What is made, with every choice that it depends on.
+            directory: Where the files are. A model of the same name that was made anew is another one.
+            make: Makes the value.
+            large: As in :meth:`WorkerCache.get`.
+        """
+        key = f"{kind}:{directory}:{state_of(directory)}:{self.device}"
+        return self.cache.get(key, make, large=large)
 
 
 class Unit(BaseModel, ABC, Generic[UnitResultT]):
@@ -170,6 +185,8 @@ class Operation(ABC, Generic[SpecT, ResultT]):
 
     spec_type: ClassVar[type[Spec]]
     result_type: ClassVar[type[OperationResult]]
+    #: Field of the spec that names the output, to be blamed when the name is taken.
+    output_field: ClassVar[str] = "name"
 
     def output_name(self, spec: SpecT, job_id: str) -> str | None:
         """Return the registry name that the job will create (reserved at submission), or None."""

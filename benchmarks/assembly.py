@@ -26,12 +26,13 @@ def run() -> list[Comparison]:
 def _assemble(scratch: Path, model: Path) -> int:
     from safetensors.torch import save_file
 
+    from aidocks.checkpoints.files import OutputFile
     from aidocks.checkpoints.reader import Checkpoint
     from aidocks.checkpoints.writer import plan_shards
     from aidocks.moe.assemble import AssembleShard
     from aidocks.moe.dense import Member, read_dense
     from aidocks.moe.mixtral import plan_tensors, router_name
-    from aidocks.plan import OutputFile, UnitContext
+    from aidocks.plan import UnitContext
 
     config = read_dense(Member("base_model", "smollm2", Checkpoint(model)))
     router = scratch / "router.safetensors"

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic import BaseModel, ConfigDict
+
 from aidocks.checkpoints.space import format_bytes
 from aidocks.errors import CorruptCheckpoint, InsufficientDisk
-from aidocks.plan import OutputFile
 
 #: In the name of every file that is not complete yet.
 UNFINISHED = ".tmp-"
@@ -23,6 +24,16 @@ _CHUNK_BYTES = 8 << 20
 _CANNOT_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 _CANNOT_PREALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class OutputFile(BaseModel):
+    """A file that a unit wrote, so that a resumed job can tell whether it is still the same file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    bytes: int
+    sha256: str
 
 
 class StagedFile:
@@ -190,6 +201,13 @@ def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
     with path.open("rb", buffering=0) as stream:
         return hash_stream(stream)
+
+
+def state_of(directory: Path) -> str:
+    """Return what changes whenever a file of a directory is written or replaced, from the directory alone."""
+    stats = sorted((entry.name, entry.stat()) for entry in os.scandir(directory))
+    facts = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.dtypes import DTYPE_BITS, from_torch
-from aidocks.checkpoints.files import StagedFile, write_text
+from aidocks.checkpoints.files import OutputFile, StagedFile, write_text
 from aidocks.checkpoints.header import TensorEntry, build_header
 from aidocks.errors import InvalidSpec
-from aidocks.plan import OutputFile
 
 if TYPE_CHECKING:
     import torch

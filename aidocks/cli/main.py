@@ -10,6 +10,7 @@ import typer
 from aidocks._version import __version__
 from aidocks.cli import jobs, models, service
 from aidocks.cli.ask import ask
+from aidocks.cli.demo import demo
 from aidocks.cli.operations import DockGroup
 from aidocks.cli.output import manner, report, report_unexpected
 from aidocks.errors import AIDocksError
@@ -47,7 +48,7 @@ def _top(
 
 
 app.command(rich_help_panel="Use a model")(ask)
-app.command(rich_help_panel="Use a model")(service.demo)
+app.command(rich_help_panel="Use a model")(demo)
 app.add_typer(models.app, name="models", rich_help_panel="Look after things")
 app.add_typer(jobs.app, name="jobs", rich_help_panel="Look after things")
 for command in (service.up, service.down, service.status, service.logs, service.env, service.doctor):

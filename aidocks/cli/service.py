@@ -1,4 +1,4 @@
-"""`aidocks up`, `down`, `status`, `logs`, `env`, `doctor`: the embedded service, and `demo`."""
+"""`aidocks up`, `down`, `status`, `logs`, `env`, `doctor`: the embedded service."""
 
 from __future__ import annotations
 
@@ -153,19 +153,6 @@ def doctor(json: Json = False) -> None:
             out().print(finding.text, markup=False, soft_wrap=True)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)
-
-
-def demo(
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the service running afterwards.")] = False,
-) -> None:
-    """Optimise a real model, build an MoE from it over HTTP, and ask it a question."""
-    from aidocks.demo import run_demo
-
-    try:
-        run_demo(_settings(), keep=keep)
-    except KeyboardInterrupt:
-        remark("\nInterrupted. `aidocks demo` can be run again at any time.")
-        raise typer.Exit(130) from None
 
 
 def start(settings: Settings) -> Any:

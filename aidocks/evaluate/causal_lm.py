@@ -137,5 +137,5 @@ def load(path: Path, dtype: str | None, device: str) -> CausalLM:
 def load_cached(path: Path, dtype: str | None, context: UnitContext) -> CausalLM:
     """Return the model from the worker's cache, loading it at most once."""
     make: Callable[[], CausalLM] = lambda: load(path, dtype, context.device)  # noqa: E731
-    model: CausalLM = context.cache.get(f"causal-lm:{path}:{dtype}:{context.device}", make)
+    model: CausalLM = context.keep(f"causal-lm:{dtype}", path, make, large=True)
     return model

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
+from aidocks.checkpoints.files import OutputFile
 from aidocks.errors import NotFound, WorkerLost
 from aidocks.jobs.model import EventType, Job, Progress
-from aidocks.plan import OutputFile, PlanContext, Stage, Unit
+from aidocks.plan import PlanContext, Stage, Unit
 
 if TYPE_CHECKING:
     from aidocks.executor import Outcome, UnitPool

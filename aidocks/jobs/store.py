@@ -51,6 +51,7 @@ class JobStore:
         spec: dict[str, Any],
         *,
         output_name: str | None,
+        output_field: str = "output_name",
         place: Place = "service",
         idempotency_key: str | None = None,
         inputs: Sequence[str] = (),
@@ -63,6 +64,7 @@ class JobStore:
             operation: Registered name of the operation.
             spec: The request, as JSON.
             output_name: Registry name that the job will create.
+            output_field: Field of the spec to blame when that name is taken.
             place: Who is to execute it.
             idempotency_key: The same key and body within 24 hours return the job that exists.
             inputs: Registry names that the job reads.
@@ -90,14 +92,16 @@ class JobStore:
         }
         for attempt in range(3):
             try:
-                return self._insert(row, guard)
+                return self._insert(row, output_field, guard)
             except IntegrityError:
                 # Another process inserted the same key or name in this moment; the next look finds out which.
                 if attempt == 2:
                     raise
         raise AssertionError("unreachable")
 
-    def _insert(self, row: dict[str, Any], guard: Callable[[], None] | None) -> tuple[Job, bool]:
+    def _insert(
+        self, row: dict[str, Any], output_field: str, guard: Callable[[], None] | None
+    ) -> tuple[Job, bool]:
         with self._database.durable() as connection:
             if row["idempotency_key"]:
                 known = rows.remembered(
@@ -109,7 +113,7 @@ class JobStore:
             if holder is not None:
                 raise NameTaken(
                     f"The job {holder} is about to create a model called {row['output_name']!r}.",
-                    field="output_name",
+                    field=output_field,
                     value=row["output_name"],
                     hint="Choose another name, or wait for that job or cancel it.",
                 )

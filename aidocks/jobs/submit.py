@@ -61,7 +61,7 @@ def submit_job(
     output_name = operation.output_name(checked, job_id)
 
     def require_free_name() -> None:
-        _require_free_name(output_name, context)
+        _require_free_name(output_name, operation.output_field, context)
 
     require_free_name()
     operation.preflight(checked, context)
@@ -69,6 +69,7 @@ def submit_job(
         registration.name,
         body,
         output_name=output_name,
+        output_field=operation.output_field,
         place=place,
         idempotency_key=idempotency_key,
         inputs=inputs,
@@ -99,11 +100,11 @@ def plan_context(
     )
 
 
-def _require_free_name(name: str | None, context: PlanContext) -> None:
+def _require_free_name(name: str | None, field: str, context: PlanContext) -> None:
     if name is not None and context.registry.exists(name):
         raise NameTaken(
             f"The registry already holds a model called {name!r}.",
-            field="output_name",
+            field=field,
             value=name,
             hint=f"Choose another name, or remove it: aidocks models delete {name}.",
         )

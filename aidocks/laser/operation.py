@@ -8,9 +8,9 @@ scan every matrix -> rank by random matrix theory -> measure each candidate alon
 from __future__ import annotations
 
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any, ClassVar
 
+from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import TensorPlan, parse_size, plan_shards
@@ -23,7 +23,7 @@ from aidocks.laser.writing import CopyBesideWeights, WriteShard
 from aidocks.models.hub import FetchModel, require_token
 from aidocks.models.parents import describe_parent
 from aidocks.models.publication import Staged, find_published, publish, upload
-from aidocks.plan import Operation, OutputFile, Plan, PlanContext, Stage
+from aidocks.plan import Operation, Plan, PlanContext, Stage
 from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.laser import AcceptedReduction, LaserResult, LaserSpec
 
@@ -36,6 +36,7 @@ class Laser(Operation[LaserSpec, LaserResult]):
 
     spec_type: ClassVar[type[Spec]] = LaserSpec
     result_type: ClassVar[type[OperationResult]] = LaserResult
+    output_field: ClassVar[str] = "laser_model_name"
 
     def output_name(self, spec: LaserSpec, job_id: str) -> str | None:
         return spec.laser_model_name
@@ -50,8 +51,7 @@ class Laser(Operation[LaserSpec, LaserResult]):
             require_token()
         if context.resolver.needs_download(spec.base_model_name):
             return
-        base = context.resolver.resolve(spec.base_model_name, field="base_model_name")
-        _check(Checkpoint(base.path), text, spec, context)
+        _check(context.resolver.open(spec.base_model_name, field="base_model_name"), text, spec, context)
 
     def plan(self, spec: LaserSpec, context: PlanContext) -> Plan[LaserResult]:
         result = find_published(spec.laser_model_name, LaserResult, context)
@@ -60,11 +60,10 @@ class Laser(Operation[LaserSpec, LaserResult]):
         return (yield from upload(result, spec))
 
     def _make(self, spec: LaserSpec, context: PlanContext) -> Plan[LaserResult]:
-        base = yield from _find_base(spec, context)
+        checkpoint = yield from _open_base(spec, context)
         text = _text(spec, context)
-        checkpoint = Checkpoint(base)
         matrices = _check(checkpoint, text, spec, context)
-        search = Search(spec, base, text, context.parallelism, context.say)
+        search = Search(spec, checkpoint.path, text, context.parallelism, context.say)
         findings = yield from search.run(matrices)
         files = yield from _write(findings, spec, context, checkpoint)
         return _register(findings, files, spec, context, checkpoint)
@@ -83,10 +82,10 @@ def _check(
     return matrices
 
 
-def _find_base(spec: LaserSpec, context: PlanContext) -> Generator[Stage, list[Any], Path]:
+def _open_base(spec: LaserSpec, context: PlanContext) -> Generator[Stage, list[Any], Checkpoint]:
     if context.resolver.needs_download(spec.base_model_name):
         yield Stage("fetch", (FetchModel(reference=spec.base_model_name),))
-    return context.resolver.resolve(spec.base_model_name, field="base_model_name").path
+    return context.resolver.open(spec.base_model_name, field="base_model_name")
 
 
 def _write(

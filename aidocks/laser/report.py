@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import Field
 
-from aidocks.checkpoints.files import write_bytes, write_text
+from aidocks.checkpoints.files import OutputFile, write_bytes, write_text
 from aidocks.laser.matrices import Matrix
 from aidocks.laser.scan import MatrixSpectrum
 from aidocks.laser.selection import Candidate
-from aidocks.plan import OutputFile, UnitContext, WritingUnit, WrittenFiles
+from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.laser import BeforeAfter, Rule
 
 #: Matrices whose spectrum is drawn, at most.

@@ -110,5 +110,5 @@ def _sample(values: list[float]) -> list[float]:
 
 def open_checkpoint(path: Path, context: UnitContext) -> Checkpoint:
     """Return the checkpoint from the worker's cache; its headers are parsed once per worker."""
-    checkpoint: Checkpoint = context.cache.get(f"checkpoint:{path}", lambda: Checkpoint(path))
+    checkpoint: Checkpoint = context.keep("checkpoint", path, lambda: Checkpoint(path))
     return checkpoint

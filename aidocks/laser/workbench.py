@@ -102,5 +102,5 @@ def workbench(path: Path, dtype: str | None, context: UnitContext) -> Workbench:
     def make() -> Workbench:
         return Workbench(load(path, dtype, context.device), Checkpoint(path))
 
-    bench: Workbench = context.cache.get(f"workbench:{path}:{dtype}:{context.device}", make)
+    bench: Workbench = context.keep(f"workbench:{dtype}", path, make, large=True)
     return bench

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aidocks._version import __version__
+from aidocks.checkpoints.files import OutputFile
 from aidocks.models.manifest import Manifest, ManifestFile, Parent
-from aidocks.plan import OutputFile, Plan, PlanContext, Stage
+from aidocks.plan import Plan, PlanContext, Stage
 from aidocks.specs.base import ModelResult, PublishableSpec
 
 ModelResultT = TypeVar("ModelResultT", bound=ModelResult)

@@ -10,7 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from aidocks.errors import PathNotAllowed, UnknownModel
+from aidocks.checkpoints.reader import Checkpoint
+from aidocks.errors import AIDocksError, PathNotAllowed, UnknownModel
 from aidocks.models.names import close_names, is_model_name, refuse_tricks
 from aidocks.models.registry import Registry
 
@@ -101,6 +102,21 @@ class ModelResolver:
             )
         self.registry.manifest(name)
         return ResolvedModel(reference=name, kind="registry", path=self.registry.path(name))
+
+    def open(self, reference: str, *, field: str) -> Checkpoint:
+        """Return the checkpoint that a reference means; whatever is wrong with it is said of ``field``.
+
+        Raises:
+            UnsafeCheckpoint, CorruptCheckpoint: As :class:`~aidocks.checkpoints.reader.Checkpoint`.
+            AIDocksError: As :meth:`resolve`.
+        """
+        path = self.resolve(reference, field=field).path
+        try:
+            return Checkpoint(path)
+        except AIDocksError as error:
+            if error.field is None:
+                error.field, error.value = field, reference
+            raise
 
 
 def is_path(reference: str) -> bool:

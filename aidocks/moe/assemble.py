@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from aidocks.checkpoints.files import copy_file, write_text
+from aidocks.checkpoints.files import OutputFile, copy_file, write_text
 from aidocks.checkpoints.writer import ShardPlan, ShardWriter, write_index
 from aidocks.moe.mixtral import TensorSource, find_source
-from aidocks.plan import OutputFile, UnitContext, WritingUnit, WrittenFiles
+from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 
 if TYPE_CHECKING:
     from aidocks.checkpoints.reader import Checkpoint

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import parse_size, plan_shards
@@ -20,7 +21,7 @@ from aidocks.moe.compatibility import check_members, check_text
 from aidocks.moe.dense import Member, mlp_shapes, stored_dtype
 from aidocks.moe.gating import ComputeGates, Gates, Prompts
 from aidocks.moe.mixtral import mixtral_config, plan_tensors
-from aidocks.plan import OutputFile, Plan, PlanContext, Stage, WrittenFiles
+from aidocks.plan import Plan, PlanContext, Stage, WrittenFiles
 from aidocks.specs.moe import ExpertShare, ModelPerplexity, MoEResult, MoESpec
 
 #: Room beside the weights: tokenizer, router rows, pictures.
@@ -223,11 +224,10 @@ class Build:
 
 
 def _open_members(references: dict[str, str], context: PlanContext) -> list[Member]:
-    opened: dict[Path, Checkpoint] = {}
+    opened: dict[str, Checkpoint] = {}
     members = []
     for field, reference in references.items():
-        path = context.resolver.resolve(reference, field=field).path
-        if path not in opened:
-            opened[path] = Checkpoint(path)
-        members.append(Member(field, reference, opened[path]))
+        if reference not in opened:
+            opened[reference] = context.resolver.open(reference, field=field)
+        members.append(Member(field, reference, opened[reference]))
     return members

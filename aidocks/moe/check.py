@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from aidocks.checkpoints.files import write_bytes, write_text
+from aidocks.checkpoints.files import OutputFile, write_bytes, write_text
 from aidocks.errors import CorruptCheckpoint
 from aidocks.evaluate.texts import Split, TextSource, choose_chunks
 from aidocks.moe.gating import Gates
 from aidocks.moe.mixtral import router_name
-from aidocks.plan import OutputFile, Unit, UnitContext
+from aidocks.plan import Unit, UnitContext
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.writer import TensorPlan, plan_shards
 from aidocks.errors import CorruptCheckpoint
 from aidocks.moe.mixtral import STORED, router_name
-from aidocks.plan import OutputFile, Unit, UnitContext
+from aidocks.plan import Unit, UnitContext
 from aidocks.specs.moe import DType, GateMode
 
 if TYPE_CHECKING:

@@ -74,7 +74,7 @@ def _explain(kind: str, error: Mapping[str, Any], path: _Path) -> tuple[str, str
         close = get_close_matches(str(error.get("input")), re.findall(r"'([^']*)'", expected), n=1)
         return f"Must be {expected}.", f"Did you mean {close[0]!r}?" if close else described
     if kind == "string_pattern_mismatch" and described:
-        return "The text does not have the form that is needed here.", described
+        return f"The text must match {error.get('ctx', {}).get('pattern')}.", described
     if kind in ("model_type", "model_attributes_type", "dict_type") and not path.text:
         return "The body must be a JSON object of fields and values.", None
     if kind in ("value_error", "assertion_error"):

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from aidocks.checkpoints.files import OutputFile
 from aidocks.errors import InvalidSpec
 from aidocks.operations import Registration
-from aidocks.plan import Operation, OutputFile, Plan, PlanContext, Stage, Unit, UnitContext
+from aidocks.plan import Operation, Plan, PlanContext, Stage, Unit, UnitContext
 from aidocks.specs.base import OperationResult, Spec
 
 REGISTRATION = Registration(
@@ -109,6 +110,8 @@ class Trivial(Operation[TrivialSpec, TrivialResult]):
 
     spec_type = TrivialSpec
     result_type = TrivialResult
+
+    output_field = "output"
 
     def output_name(self, spec: TrivialSpec, job_id: str) -> str | None:
         return spec.output

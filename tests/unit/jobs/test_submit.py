@@ -45,5 +45,5 @@ def test_a_name_of_the_registry_is_taken(
     Registry(settings.models_dir).import_checkpoint("x", stories260k)
     with pytest.raises(NameTaken, match="registry") as caught:
         submit_job(settings, local_store, trivial, {"traces": str(traces), "output": "x"})
-    assert (caught.value.field, caught.value.value) == ("output_name", "x")
+    assert (caught.value.field, caught.value.value) == ("output", "x")
     assert local_store.list() == []
