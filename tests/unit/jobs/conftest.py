@@ -12,7 +12,21 @@ from sqlalchemy import create_engine, make_url, text
 from aidocks import operations
 from aidocks.jobs.store import JobStore
 from aidocks.settings import Settings
+from tests.support.private_postgres import find_programs, private_postgres
 from tests.support.trivial_operation import REGISTRATION
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """The URL of a PostgreSQL server: the one that the environment names, or one of the tests' own."""
+    given, programs = os.environ.get("AIDOCKS_TEST_POSTGRES_URL"), find_programs()
+    if given:
+        yield given
+    elif programs is not None:
+        with private_postgres(programs) as url:
+            yield url
+    else:
+        pytest.skip("install PostgreSQL, or set AIDOCKS_TEST_POSTGRES_URL")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -21,9 +35,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'jobs.db'}"
         return
-    server = os.environ.get("AIDOCKS_TEST_POSTGRES_URL")
-    if not server:
-        pytest.skip("set AIDOCKS_TEST_POSTGRES_URL to the URL of a PostgreSQL database")
+    server = request.getfixturevalue("postgres_url")
     name = f"aidocks_{os.getpid()}_{abs(hash(str(tmp_path))):x}"
     engine = create_engine(
         make_url(server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT"
