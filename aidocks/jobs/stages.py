@@ -108,6 +108,7 @@ class StageRun:
         self._weights = {unit_id: unit.weight for unit_id, unit in self._units.items()}
         self._total_weight = sum(self._weights.values())
         self._results: dict[str, BaseModel] = {}
+        self._broken = False
         self._begin = time.monotonic()
         self._weight = self._recalled_weight = 0.0
         self._recalled = 0
@@ -144,6 +145,8 @@ class StageRun:
 
         async def work() -> None:
             for unit_id in waiting:
+                if self._broken:
+                    return
                 await self._run_unit(self._units[unit_id], unit_id)
 
         # Twice as many as can run: a worker finds its next unit waiting, and other jobs get their turn.
@@ -192,6 +195,12 @@ class StageRun:
 
         try:
             return await self._pool.run(unit, self._context.workspace, started)
+        except WorkerLost:
+            raise
+        except Exception:
+            # At once: on a busy disk the others would begin many units while the line below waits its turn.
+            self._broken = True
+            raise
         finally:
             # So that "started" stands before "finished", and its failure (a lost lease) is not swallowed.
             await asyncio.gather(*announcements)
