@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -52,10 +53,11 @@ def test_everything_listens_on_loopback(trivial_settings: Settings) -> None:
     assert pid is not None
     outside = []
     for process in session_processes(pid):
-        for connection in process.net_connections(kind="tcp"):
-            address = connection.laddr.ip.removeprefix("::ffff:") if connection.laddr else ""
-            if connection.status == psutil.CONN_LISTEN and address not in ("127.0.0.1", "::1"):
-                outside.append((process.name(), address))
+        with suppress(psutil.NoSuchProcess):  # some are short-lived helpers of Ray
+            for connection in process.net_connections(kind="tcp"):
+                address = connection.laddr.ip.removeprefix("::ffff:") if connection.laddr else ""
+                if connection.status == psutil.CONN_LISTEN and address not in ("127.0.0.1", "::1"):
+                    outside.append((process.name(), address))
     # A replica's own gRPC port is on all interfaces (Serve has no option); it asks for the token.
     assert {name for name, _ in outside} <= {"ray::ServeReplica:api:Trivial", "ray::ServeRepli"}
 
