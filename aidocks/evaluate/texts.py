@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from aidocks.errors import InvalidSpec, PathNotAllowed
+from aidocks.errors import InvalidSpec
+from aidocks.models.resolve import path_below
 
 Split = Literal["search", "held_out"]
 
@@ -65,16 +66,8 @@ def resolve_text(reference: str, allowed_roots: Sequence[Path], *, field: str | 
 
 
 def _allowed_file(reference: str, allowed_roots: Sequence[Path], field: str | None) -> Path:
-    if "\0" in reference:
-        raise PathNotAllowed("A path cannot contain NUL.", field=field, value=reference)
-    path = Path(reference).expanduser().resolve()
-    if not any(path.is_relative_to(Path(root).resolve()) for root in allowed_roots):
-        raise PathNotAllowed(
-            f"The path {reference!r} is not below an allowed root.",
-            field=field,
-            value=reference,
-            hint="Move it below a directory of AIDOCKS_ALLOWED_ROOTS, or use the text 'prose'.",
-        )
+    hint = "Move it below a directory of AIDOCKS_ALLOWED_ROOTS, or use the text 'prose'."
+    path = path_below(reference, allowed_roots, field, hint)
     if path.suffix not in (".txt", ".jsonl"):
         raise InvalidSpec(
             f"The text {reference!r} is neither a .txt nor a .jsonl file.", field=field, value=reference
@@ -131,6 +124,26 @@ def _record_text(line: str, number: int, name: str, field: str | None) -> str:
             hint='Each line must look like {"text": "..."}.',
         )
     return text
+
+
+def require_context(reference: str, context: int, length: int) -> None:
+    """Refuse chunks that are longer than what a model can see at once.
+
+    Args:
+        reference: The model, as the request names it.
+        context: Its longest input, in tokens.
+        length: Of a chunk, in tokens.
+
+    Raises:
+        InvalidSpec: Saying how long they may be.
+    """
+    if length > context:
+        raise InvalidSpec(
+            f"A chunk of {length} tokens is longer than the context of {reference!r}.",
+            field="seqlen",
+            value=length,
+            hint=f"At most {context}.",
+        )
 
 
 def require_chunks(model: Path, text: TextSource, split: Split, chunks: int, length: int, seed: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from aidocks.checkpoints.files import OutputFile
+from aidocks.checkpoints.files import OutputFile, hash_file
 from aidocks.errors import NotFound, WorkerLost
 from aidocks.jobs.model import EventType, Job, Progress
 from aidocks.plan import PlanContext, Stage, Unit
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 PROGRESS_INTERVAL_S = 0.25
 #: How often a unit may lose its worker before it is taken to be the cause.
 WORKER_LOSSES = 3
-_CHUNK = 1 << 20
 
 
 class UnitLog:
@@ -234,12 +232,6 @@ def _is_intact(output: OutputFile, workspace: Path, published: Path | None) -> b
     if not path.exists() and published is not None and path.is_relative_to(staged):
         path = published / path.relative_to(staged)
     try:
-        if path.stat().st_size != output.bytes:
-            return False
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        return path.stat().st_size == output.bytes and hash_file(path) == output.sha256
     except OSError:
         return False
-    return digest.hexdigest() == output.sha256

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from aidocks.checkpoints.reader import Checkpoint
-from aidocks.errors import IncompatibleModels, InvalidSpec
+from aidocks.errors import IncompatibleModels
+from aidocks.evaluate.texts import require_context
 from aidocks.laser.matrices import Matrix, find_matrices, select_matrices
 from aidocks.specs.laser import LaserSpec
 
@@ -45,11 +46,6 @@ def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
         ),
         None,
     )
-    if isinstance(context, int) and spec.seqlen > context:
-        raise InvalidSpec(
-            f"A chunk of {spec.seqlen} tokens is longer than the context of {name!r}.",
-            field="seqlen",
-            value=spec.seqlen,
-            hint=f"At most {context}.",
-        )
+    if isinstance(context, int):
+        require_context(name, context, spec.seqlen)
     return select_matrices(find_matrices(checkpoint.entries), spec.layers, spec.kinds, name)

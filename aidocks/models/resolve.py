@@ -131,6 +131,23 @@ def allowed_path(text: str, allowed_roots: Sequence[Path], field: str | None = N
         PathNotAllowed: It lies outside; the same for paths that exist and paths that do not.
         UnknownModel: It would be allowed, but nothing is there.
     """
+    real = path_below(
+        text,
+        allowed_roots,
+        field,
+        "Import the model (aidocks models import), or add its directory to AIDOCKS_ALLOWED_ROOTS.",
+    )
+    if not real.exists():
+        raise UnknownModel(f"There is nothing at {text!r}.", field=field, value=text)
+    return real
+
+
+def path_below(text: str, allowed_roots: Sequence[Path], field: str | None, hint: str) -> Path:
+    """Return the real path that ``text`` means, which lies below one of the roots, links followed.
+
+    Raises:
+        PathNotAllowed: It lies outside, with ``hint`` as what to do instead.
+    """
     refuse_tricks(text, field)
     # Only one's own home: "~name" would ask the system's user table, and fail in ways of its own.
     expanded = Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
@@ -141,10 +158,8 @@ def allowed_path(text: str, allowed_roots: Sequence[Path], field: str | None = N
             f"{text!r} is not below an allowed root ({roots}).",
             field=field,
             value=text,
-            hint="Import the model (aidocks models import), or add its directory to AIDOCKS_ALLOWED_ROOTS.",
+            hint=hint,
         )
-    if not real.exists():
-        raise UnknownModel(f"There is nothing at {text!r}.", field=field, value=text)
     return real
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aidocks.errors import InvalidSpec
-from aidocks.evaluate.texts import TextSource, require_chunks
+from aidocks.evaluate.texts import TextSource, require_chunks, require_context
 from aidocks.moe.dense import (
     COMPARED,
     DenseConfig,
@@ -133,11 +133,5 @@ def check_text(base: Member, config: DenseConfig, text: TextSource, spec: MoESpe
     Raises:
         InvalidSpec: Saying how many chunks there are, or how long they may be.
     """
-    if spec.seqlen > config.max_position_embeddings:
-        raise InvalidSpec(
-            f"A chunk of {spec.seqlen} tokens is longer than the context of {base.reference!r}.",
-            field="seqlen",
-            value=spec.seqlen,
-            hint=f"At most {config.max_position_embeddings}.",
-        )
+    require_context(base.reference, config.max_position_embeddings, spec.seqlen)
     require_chunks(base.checkpoint.path, text, "held_out", spec.chunks, spec.seqlen, spec.seed)
