@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from aidocks.client.job import AsyncJobHandle, JobHandle
     from aidocks.errors import AIDocksError
     from aidocks.specs.laser import LaserResult, LaserSpec
-    from aidocks.specs.moe import ExpertSpec, MoEResult, MoESpec
+    from aidocks.specs.moe import ExpertSpec, MoESpec
+    from aidocks.specs.moe_result import MoEResult
 
 __all__ = [
     "AIDocksError",
@@ -43,7 +44,7 @@ _MODULES = {
     "JobHandle": "aidocks.client.job",
     "LaserResult": "aidocks.specs.laser",
     "LaserSpec": "aidocks.specs.laser",
-    "MoEResult": "aidocks.specs.moe",
+    "MoEResult": "aidocks.specs.moe_result",
     "MoESpec": "aidocks.specs.moe",
 }
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from aidocks.settings import Settings
     from aidocks.specs.laser import LaserResult
-    from aidocks.specs.moe import MoEResult
+    from aidocks.specs.moe_result import MoEResult
 
 BASE, LASER, MOE = "smollm2-135m-instruct", "smollm2-laser", "smollm2-moe"
 QUESTION = "What is the capital of France?"
@@ -189,8 +189,12 @@ def _perplexities(laser: LaserResult, moe: MoEResult) -> dict[str, tuple[float |
         f"{LASER}, held-out text": (held_out.after, held_out.after_standard_error),
     }
     return found | {
-        f"{measured.reference} ({measured.model})": (measured.perplexity, measured.standard_error)
-        for measured in moe.perplexities
+        f"{subject.reference} ({subject.model}), {measured.domain}": (
+            measured.perplexity,
+            measured.standard_error,
+        )
+        for subject in moe.perplexities
+        for measured in subject.domains
     }
 
 

@@ -58,7 +58,9 @@ class UnitPool(Protocol):
 
 
 class InProcessPool:
-    """One unit at a time, in a thread of this process, on the GPU when there is one.
+    """One unit that computes at a time, in a thread of this process, on the GPU when there is one.
+
+    Units that only move bytes run beside it, two at a time: one mostly waits for the disk.
 
     Native code in a thread cannot be stopped: a cancelled unit is waited for, but not for long.
     """
@@ -70,11 +72,12 @@ class InProcessPool:
     def __init__(self) -> None:
         self._cache = WorkerCache()
         self._turn = asyncio.Lock()
+        self._beside = asyncio.Semaphore(2)
         self._device: str | None = None
 
     async def run(self, unit: Unit[Any], workspace: Path, started: Callable[[str], None]) -> Outcome:
         """Run one unit in a daemon thread (the process may exit although native code still runs)."""
-        async with self._turn:
+        async with self._turn if unit.computes else self._beside:
             started("local")
             done = _in_daemon_thread(lambda: self._run(unit, workspace))
             try:
@@ -84,9 +87,11 @@ class InProcessPool:
                 raise
 
     def _run(self, unit: Unit[Any], workspace: Path) -> Outcome:
-        if self._device is None:
-            self._device = best_device()
-        context = UnitContext(workspace, self._device, threads=os.cpu_count() or 1, cache=self._cache)
+        context = UnitContext(workspace)
+        if unit.computes:
+            if self._device is None:
+                self._device = best_device()
+            context = UnitContext(workspace, self._device, threads=os.cpu_count() or 1, cache=self._cache)
         begin = time.perf_counter()
         result = unit.run(context)
         return Outcome(result, time.perf_counter() - begin, "local")

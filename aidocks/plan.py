@@ -104,6 +104,9 @@ class Unit(BaseModel, ABC, Generic[UnitResultT]):
     result_type: ClassVar[type[BaseModel]]
     #: Raise when the meaning of the same fields changes, so that old journal entries no longer match.
     version: ClassVar[int] = 1
+    #: False for what only moves bytes (copies, hashes, small files): it needs no device and nothing of the worker's
+    #: cache, and in a single process it runs beside another unit.
+    computes: ClassVar[bool] = True
 
     @property
     @abstractmethod

@@ -2,6 +2,11 @@
 
 python -m benchmarks                 all of them
 python -m benchmarks health scan     some of them
+python -m benchmarks --list          their names, and what each compares
+
+Some compare with a program of another project, or need models that are not in this repository; they are skipped
+where ``AIDOCKS_BENCH_PEER`` (a directory of programs) or ``AIDOCKS_BENCH_DATA`` (a directory of models and texts)
+does not lead to them. ``AIDOCKS_BENCH_SCRATCH`` is where large files are made.
 """
 
 from __future__ import annotations
@@ -15,9 +20,19 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.comparison import Comparison, machine
+from benchmarks.peers import NotAtHand
 
 #: Modules beside this one; each has ``run() -> list[Comparison]`` and says in its docstring what it compares.
-NAMES = ("command_line", "health", "start_up", "scan", "assembly")
+NAMES = (
+    "command_line",
+    "health",
+    "start_up",
+    "scan",
+    "assembly",
+    "moe_process",
+    "moe_gates",
+    "moe_big",
+)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -26,12 +41,24 @@ def main() -> None:
         prog="python -m benchmarks", description="Figures beside their limit or peer."
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(NAMES)} (default: all)")
-    chosen = parser.parse_args().names or list(NAMES)
+    parser.add_argument("--list", action="store_true", help="say what there is, and end")
+    arguments = parser.parse_args()
+    if arguments.list:
+        for name in NAMES:
+            purpose = (import_module(f"benchmarks.{name}").__doc__ or "").split("\n\n")[0]
+            print(f"{name}: {' '.join(purpose.split())}")
+        return
+    chosen = arguments.names or list(NAMES)
     if unknown := set(chosen) - set(NAMES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     results: list[Comparison] = []
     for name in chosen:
-        for comparison in import_module(f"benchmarks.{name}").run():
+        try:
+            found = import_module(f"benchmarks.{name}").run()
+        except NotAtHand as missing:
+            print(f"{name}: skipped; {missing}", flush=True)
+            continue
+        for comparison in found:
             results.append(comparison)
             print(line(comparison), flush=True)
     RESULTS.mkdir(exist_ok=True)
@@ -43,9 +70,9 @@ def main() -> None:
 
 def line(comparison: Comparison) -> str:
     """Format one result for people: medians, ratio, facts."""
-    text = f"{comparison.name}: {statistics.median(comparison.ours):.4g} {comparison.unit}"
+    text = f"{comparison.name}: {statistics.median(comparison.ours):.4g} {comparison.unit}".rstrip()
     if comparison.ratio is not None:
-        other = f"{statistics.median(comparison.other):.4g} {comparison.unit}"
+        other = f"{statistics.median(comparison.other):.4g} {comparison.unit}".rstrip()
         text += f" | {comparison.other_name}: {other} | ratio {comparison.ratio:.3g}"
     facts = ", ".join(f"{key} {value}" for key, value in comparison.facts.items())
     return f"{text} | {facts}" if facts else text

@@ -9,19 +9,18 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator
+from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
 from aidocks.checkpoints.space import format_bytes
+from aidocks.checkpoints.stream import HashingStream, write_all
 from aidocks.errors import CorruptCheckpoint, InsufficientDisk
 
 #: In the name of every file that is not complete yet.
 UNFINISHED = ".tmp-"
-_CHUNK_BYTES = 8 << 20
-# What copy_file_range says between file systems, on old kernels, and on file systems that lack it.
-_CANNOT_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+_CHUNK_BYTES = 1 << 20
 _CANNOT_PREALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -37,7 +36,10 @@ class OutputFile(BaseModel):
 
 
 class StagedFile:
-    """A file of known size, filled at any offsets under another name until it is complete.
+    """A file of known size, filled under another name until it is complete.
+
+    What is written in the order of the file is hashed and stored while more is read. After the first write
+    elsewhere everything is stored at once, and what was not hashed by then is read again at the end.
 
     Args:
         path: Its final path. The directory is made when it does not exist.
@@ -49,6 +51,10 @@ class StagedFile:
         self._aside = unfinished(self._path)
         self._size = size
         self._descriptor: int | None = None
+        self._stream: HashingStream | None = None
+        self._digest: hashlib._Hash | None = None
+        self._hashed = 0
+        self._source: tuple[Path, int] | None = None
 
     def create(self) -> None:
         """Reserve the whole size on disk.
@@ -58,6 +64,7 @@ class StagedFile:
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self._aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._stream = HashingStream(self._aside, self._descriptor)
         try:
             with self._explaining_full_disk():
                 preallocate(self._descriptor, self._size)
@@ -68,12 +75,25 @@ class StagedFile:
     def write(self, offset: int, content: bytes | memoryview) -> None:
         """Store ``content`` at a byte offset."""
         with self._explaining_full_disk():
-            write_all(self._open, content, offset)
+            stream = self._in_order(offset)
+            if stream is not None:
+                stream.append(content)
+            else:
+                write_all(self._open, content, offset)
 
     def copy(self, offset: int, source: Path, begin: int, count: int) -> None:
-        """Store ``count`` bytes of another file, from its byte ``begin`` on, at a byte offset."""
-        with self._explaining_full_disk(), source.open("rb", buffering=0) as stream:
-            copied = copy_range(stream.fileno(), begin, self._open, offset, count)
+        """Store ``count`` bytes of another file, from its byte ``begin`` on, at a byte offset.
+
+        Raises:
+            CorruptCheckpoint: When the other file ends before.
+        """
+        with self._explaining_full_disk():
+            stream = self._in_order(offset)
+            descriptor = self._opened(source)
+            if stream is not None:
+                copied = stream.append_from(descriptor, begin, count)
+            else:
+                copied = copy_range(descriptor, begin, self._open, offset, count)
         if copied != count:
             raise CorruptCheckpoint(
                 f"{source.name} ended after {copied} of the {count} bytes expected from byte {begin} on.",
@@ -82,15 +102,23 @@ class StagedFile:
 
     def publish(self) -> OutputFile:
         """Bring the file to its place, durably, and describe it."""
-        os.fsync(self._open)
-        with open(self._open, "rb", buffering=0, closefd=False) as stream:
-            digest = hash_stream(stream)
+        with self._explaining_full_disk():
+            digest = self._leave_order()
+            with open(self._open, "rb", buffering=0, closefd=False) as stream:
+                stream.seek(self._hashed)
+                hash_rest(stream, digest)
+            os.fsync(self._open)
         os.replace(self._aside, self._path)
         sync_directory(self._path.parent)
-        return OutputFile(path=self._path, bytes=self._size, sha256=digest)
+        return OutputFile(path=self._path, bytes=self._size, sha256=digest.hexdigest())
 
     def discard(self) -> None:
         """Close, and remove what was not published."""
+        if self._stream is not None:
+            self._stream.close()
+        if self._source is not None:
+            os.close(self._source[1])
+            self._source = None
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -100,6 +128,31 @@ class StagedFile:
     def _open(self) -> int:
         assert self._descriptor is not None, "the file is written between create and discard"
         return self._descriptor
+
+    def _in_order(self, offset: int) -> HashingStream | None:
+        """Return the stream when ``offset`` is where it has come to; leave it for good when not."""
+        assert self._stream is not None, "the file is written between create and discard"
+        if self._digest is None and offset == self._stream.position:
+            return self._stream
+        self._leave_order()
+        assert offset >= self._hashed, "nothing is written twice"
+        return None
+
+    def _leave_order(self) -> hashlib._Hash:
+        if self._digest is None:
+            assert self._stream is not None, "the file is written between create and discard"
+            self._digest = self._stream.finish()
+            self._hashed = self._stream.position
+        return self._digest
+
+    def _opened(self, source: Path) -> int:
+        """Return ``source``, opened: the last one stays open, since the next tensor is mostly in the same file."""
+        if self._source is None or self._source[0] != source:
+            descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            if self._source is not None:
+                os.close(self._source[1])
+            self._source = (source, descriptor)
+        return self._source[1]
 
     @contextlib.contextmanager
     def _explaining_full_disk(self) -> Iterator[None]:
@@ -160,52 +213,39 @@ def preallocate(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None:
-    """Write all of ``content`` at ``offset``; one call of the system writes 2 GiB at most."""
-    rest = memoryview(content).cast("B")
-    while rest:
-        written = os.pwrite(descriptor, rest, offset)
-        rest = rest[written:]
-        offset += written
-
-
 def copy_range(source: int, begin: int, target: int, offset: int, count: int) -> int:
     """Copy ``count`` bytes between two open files; return how many there were to copy."""
     copied = 0
-    in_kernel = hasattr(os, "copy_file_range")
     while copied < count:
-        if in_kernel:
-            try:
-                moved = os.copy_file_range(source, target, count - copied, begin + copied, offset + copied)
-            except OSError as error:
-                if error.errno not in _CANNOT_COPY_IN_KERNEL:
-                    raise
-                in_kernel = False
-                continue
-        else:
-            chunk = os.pread(source, min(_CHUNK_BYTES, count - copied), begin + copied)
-            write_all(target, chunk, offset + copied)
-            moved = len(chunk)
-        if moved == 0:
+        chunk = os.pread(source, min(_CHUNK_BYTES, count - copied), begin + copied)
+        if not chunk:
             break
-        copied += moved
+        write_all(target, chunk, offset + copied)
+        copied += len(chunk)
     return copied
 
 
-def hash_stream(stream: BinaryIO | object) -> str:
-    """Return the SHA-256 of a file that was opened for reading, from its first byte."""
-    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+def hash_rest(stream: RawIOBase, digest: hashlib._Hash) -> None:
+    """Add what is left of a file to a digest."""
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
+    while count := stream.readinto(chunk):
+        digest.update(chunk[:count])
 
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as stream:
-        return hash_stream(stream)
+        hash_rest(stream, digest)
+    return digest.hexdigest()
 
 
 def state_of(directory: Path) -> str:
-    """Return what changes whenever a file of a directory is written or replaced, from the directory alone."""
-    stats = sorted((entry.name, entry.stat()) for entry in os.scandir(directory))
+    """Return what changes whenever a file of a directory is written or replaced, from the directory alone.
+
+    Subdirectories do not count: a model's reports lie in one, and say nothing of what it is.
+    """
+    stats = sorted((entry.name, entry.stat()) for entry in os.scandir(directory) if not entry.is_dir())
     facts = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 

@@ -150,6 +150,26 @@ class ShardWriter:
         self._file.copy(self._begins[name], entry.file, entry.begin, entry.nbytes)
         del self._missing[name]
 
+    def copy_ranges(self, name: str, ranges: Sequence[TensorEntry | bytes]) -> None:
+        """Store byte ranges of files, and bytes at hand, one after another as one tensor.
+
+        Raises:
+            CorruptCheckpoint: When a source has become shorter since its header was read.
+        """
+        plan = self._plans[name]
+        self._begin_tensor(name, plan.dtype, plan.shape)
+        position, end = self._begins[name], self._begins[name] + plan.nbytes
+        for part in ranges:
+            if isinstance(part, bytes):
+                self._file.write(position, part)
+                position += len(part)
+            else:
+                assert part.dtype == plan.dtype, f"{part.name} is {part.dtype}, {name} is {plan.dtype}"
+                self._file.copy(position, part.file, part.begin, part.nbytes)
+                position += part.nbytes
+        assert position == end, f"{name} has {plan.nbytes} bytes, not {position - self._begins[name]}"
+        del self._missing[name]
+
     def _begin_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         assert name in self._plans, f"{name} was not planned for this file"
         assert name in self._missing, f"{name} was written before"

@@ -51,7 +51,7 @@ def show_model(model: Name, local: Local = False, json: Json = False, url: Url =
         return
     from aidocks.cli.render import fact_table, result_view
 
-    request, metrics, files = (document.pop(name) for name in ("spec", "metrics", "files"))
+    request, metrics, files, _ = (document.pop(name) for name in ("spec", "metrics", "files", "sections"))
     for part in (*result_view(metrics), "[bold]request[/]", fact_table(request)):
         out().print(part)
     out().print("[bold]model[/]")

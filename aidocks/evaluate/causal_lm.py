@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from aidocks.errors import IncompatibleModels, InvalidSpec
+from aidocks.errors import CorruptCheckpoint, IncompatibleModels, InvalidSpec
 from aidocks.evaluate.perplexity import PerplexityResult
-from aidocks.evaluate.texts import Split, TextSource, choose_chunks, read_text
+from aidocks.evaluate.texts import Split, TextSource, choose_chunks, divide
 from aidocks.plan import UnitContext
 
 # Logits are the largest activation: this bounds them to 200 MB in fp32 for a vocabulary of 49 thousand.
 _TOKENS_PER_BATCH = 1024
+
+
+class Chunks(NamedTuple):
+    """Chunks of a text: their positions in it, ascending, and their token ids [chunks, seq_length]."""
+
+    positions: list[int]
+    tokens: torch.Tensor
 
 
 class CausalLM:
@@ -25,23 +32,36 @@ class CausalLM:
         network: The transformers model, in evaluation mode, on the worker's device.
         tokenizer: Its transformers tokenizer.
         dtype: Its floating-point type.
+        unused: Tensors of the checkpoint that the network has no place for.
     """
 
-    def __init__(self, path: Path, network: Any, tokenizer: Any) -> None:
+    def __init__(self, path: Path, network: Any, tokenizer: Any, unused: tuple[str, ...] = ()) -> None:
         self.path = path
         self.network = network
         self.dtype: torch.dtype = network.dtype
         self.tokenizer = tokenizer
-        self._tokens: dict[tuple[TextSource, int], torch.Tensor] = {}
+        self.unused = unused
+        self._parts: dict[tuple[TextSource, int], list[torch.Tensor]] = {}
 
-    def chunks(self, text: TextSource, seq_length: int) -> torch.Tensor:
-        """Return the text as whole chunks of token ids [available, seq_length], without special tokens."""
+    def chunks(self, text: TextSource, split: Split, seq_length: int, chunks: int, seed: int = 0) -> Chunks:
+        """Take whole chunks of a half of a text, tokenised without special tokens.
+
+        Raises:
+            InvalidSpec: When the half does not hold so many.
+        """
         key = (text, seq_length)
-        if key not in self._tokens:
-            ids = self.tokenizer(read_text(text), add_special_tokens=False, verbose=False)["input_ids"]
-            whole = len(ids) // seq_length
-            self._tokens[key] = torch.tensor(ids[: whole * seq_length]).view(whole, seq_length)
-        return self._tokens[key]
+        if key not in self._parts:
+            self._parts[key] = [self._tokenize(part, seq_length) for part in divide(text)]
+        parts = self._parts[key]
+        tokens_CT = torch.cat(parts)
+        boundary = len(parts[0]) if len(parts) > 1 else None
+        positions = choose_chunks(len(tokens_CT), split, chunks, seed, boundary)
+        return Chunks(positions, tokens_CT[positions])
+
+    def _tokenize(self, text: str, seq_length: int) -> torch.Tensor:
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = len(ids) // seq_length
+        return torch.tensor(ids[: whole * seq_length], dtype=torch.int64).view(whole, seq_length)
 
     def measure(
         self, text: TextSource, split: Split, seq_length: int, chunks: int, seed: int = 0
@@ -58,9 +78,8 @@ class CausalLM:
                 field="seqlen",
                 value=seq_length,
             )
-        tokens = self.chunks(text, seq_length)
-        positions = choose_chunks(len(tokens), split, chunks, seed)
-        losses = self.chunk_nll(tokens[positions]).tolist()
+        positions, tokens_CT = self.chunks(text, split, seq_length, chunks, seed)
+        losses = self.chunk_nll(tokens_CT).tolist()
         return PerplexityResult(
             nll=tuple(loss if abs(loss) != float("inf") and loss == loss else None for loss in losses),
             tokens=(seq_length - 1,) * len(positions),
@@ -74,8 +93,7 @@ class CausalLM:
         All chunks have one length, so batches need no padding; their size depends on nothing but that
         length, so that the same chunks give the same bits.
         """
-        batch = max(1, _TOKENS_PER_BATCH // tokens_CT.shape[1])
-        return torch.cat([self._batch_nll(part) for part in torch.split(tokens_CT, batch)])
+        return torch.cat([self._batch_nll(part) for part in batches(tokens_CT)])
 
     @torch.inference_mode()
     def _batch_nll(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -87,6 +105,11 @@ class CausalLM:
             for logits_TV, ids_T in zip(logits_BTV, tokens_BT, strict=True)
         ]
         return torch.stack(sums).cpu()
+
+
+def batches(tokens_CT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split chunks [C, T] into batches [B, T] of at most 1024 tokens, or of one chunk where that is longer."""
+    return torch.split(tokens_CT, max(1, _TOKENS_PER_BATCH // tokens_CT.shape[1]))
 
 
 def evaluation_dtype(stored: torch.dtype, device: str) -> torch.dtype:
@@ -117,6 +140,7 @@ def load(path: Path, dtype: str | None, device: str) -> CausalLM:
 
     Raises:
         IncompatibleModels: When transformers cannot load it as a causal language model.
+        CorruptCheckpoint: When it lacks weights, which transformers would fill with random numbers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -125,13 +149,53 @@ def load(path: Path, dtype: str | None, device: str) -> CausalLM:
         config = AutoConfig.from_pretrained(path, **closed)
         stored = getattr(config, "dtype", None) or torch.float32
         chosen = getattr(torch, dtype) if dtype else evaluation_dtype(stored, device)
-        network = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, use_safetensors=True, **closed)
+        network, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=chosen, use_safetensors=True, output_loading_info=True, **closed
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, **closed)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise IncompatibleModels(
             f"{path.name} does not load as a causal language model: {error}", value=path.name
         ) from error
-    return CausalLM(path, network.eval().to(device), tokenizer)
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise CorruptCheckpoint(
+            f"{path.name} lacks {len(missing)} of its model's weights, the first of them {missing[0]}.",
+            value=path.name,
+        )
+    return CausalLM(path, network.eval().to(device), tokenizer, tuple(sorted(loading["unexpected_keys"])))
+
+
+def load_quantized(path: Path, bits: int, device: str) -> CausalLM:
+    """Load a checkpoint in 8 or 4 bits per weight (bitsandbytes), on a CUDA device.
+
+    Raises:
+        InvalidSpec: When bitsandbytes is not installed.
+        IncompatibleModels: When transformers cannot load it so.
+    """
+    from importlib.util import find_spec
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise InvalidSpec(
+            f"Loading in {bits} bits needs bitsandbytes, which this worker lacks.",
+            field=f"load_in_{bits}bit",
+            value=True,
+            hint="Install aidocks[gpu], or leave it out.",
+        )
+    settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    closed: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            path, quantization_config=settings, device_map={"": device}, use_safetensors=True, **closed
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **closed)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise IncompatibleModels(
+            f"{path.name} does not load in {bits} bits: {error}", value=path.name
+        ) from error
+    return CausalLM(path, network.eval(), tokenizer)
 
 
 def load_cached(path: Path, dtype: str | None, context: UnitContext) -> CausalLM:

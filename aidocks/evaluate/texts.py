@@ -1,12 +1,17 @@
-"""Texts to measure on: the shipped prose or a user's file, and how their chunks split into disjoint sets."""
+"""Texts to measure on: the shipped prose, a user's file or example texts, and how they split into two disjoint halves.
+
+One half, *search*, is for everything that learns or chooses; the other, *held out*, is for what is reported. A text of
+many records is divided by records, so that no record has tokens on both sides; one long text is divided by chunks.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,21 +25,42 @@ NAMED_TEXTS = {"prose": _SHIPPED / "prose.txt"}
 _MAX_BYTES = 1 << 30
 #: Tokens are at most so many characters long on average in any text that is worth measuring on.
 _CHARACTERS_PER_TOKEN = 16
+#: Halves that records can be dealt to hold at least this share of the characters.
+_LEAST_SHARE = 0.35
+_BETWEEN_RECORDS = "\n\n"
 
 
 class TextSource(BaseModel):
-    """A text, as a unit names it: by the name of a shipped one, or by path and content hash."""
+    """A text, as a unit names it: by the name of a shipped one, by path and content hash, or by its records."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(description="`prose`, or the file's name.")
-    path: Path | None = Field(None, description="The file; None for a shipped text.")
+    name: str = Field(description="`prose`, the file's name, or what `records` are called.")
+    path: Path | None = Field(None, description="The file; None for a shipped text and for mere records.")
     sha256: str | None = Field(None, description="Hash of the file, so that changed content is other work.")
+    records: tuple[str, ...] = Field((), description="Texts of a request, beside those of the file.")
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, given: Any) -> Any:
         return {"name": given} if isinstance(given, str) else given
+
+
+class Domain(BaseModel):
+    """One text of an evaluation, and how much of it is taken."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="`experts[i]` for that expert's example texts, `text` for the common text.")
+    text: TextSource
+    chunks: int = Field(ge=1, description="Chunks to take of one half of the text.")
+
+
+class Halves(NamedTuple):
+    """How many whole chunks each half of a text holds."""
+
+    search: int
+    held_out: int
 
 
 def resolve_text(reference: str, allowed_roots: Sequence[Path], *, field: str | None = "text") -> TextSource:
@@ -85,29 +111,64 @@ def _allowed_file(reference: str, allowed_roots: Sequence[Path], field: str | No
 
 
 def read_text(source: TextSource, *, field: str | None = "text") -> str:
-    """Return the whole text; the records of a .jsonl file are joined by blank lines.
+    """Return the whole text; its records are joined by blank lines. Raises as :func:`read_records`."""
+    return _BETWEEN_RECORDS.join(read_records(source, field=field))
+
+
+def read_records(source: TextSource, *, field: str | None = "text") -> list[str]:
+    """Return the records of a text in order: the lines of a .jsonl file, a whole .txt file as one, and its own.
 
     Raises:
         InvalidSpec: For a name that does not exist, a file that is not UTF-8, or a line without a text.
     """
-    path = source.path or NAMED_TEXTS.get(source.name)
-    if path is None:
+    path = source.path or (None if source.records else NAMED_TEXTS.get(source.name))
+    if path is None and not source.records:
         raise InvalidSpec(
             f"There is no text called {source.name!r}.",
             field=field,
             value=source.name,
             hint=f"Known: {', '.join(sorted(NAMED_TEXTS))}.",
         )
+    return [*(_read_file(path, source.name, field) if path else ()), *source.records]
+
+
+def _read_file(path: Path, name: str, field: str | None) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidSpec(f"Cannot read {path.name}: {error}.", field=field, value=source.name) from error
+        raise InvalidSpec(f"Cannot read {path.name}: {error}.", field=field, value=name) from error
     if path.suffix != ".jsonl":
-        return content
-    return "\n\n".join(
+        return [content]
+    return [
         _record_text(line, number, path.name, field)
         for number, line in enumerate(content.splitlines(), start=1)
         if line.strip()
+    ]
+
+
+def divide(source: TextSource) -> tuple[str, ...]:
+    """Return a text in two parts, search and held out, of whole records; or in one where records are too few.
+
+    Records are dealt by the hash of what they say, so one that occurs twice is never on both sides, and the two parts
+    are the same for every seed and every model. Where no such deal gives both parts a fair share of the characters (a
+    single long text, for instance), the text stays whole and :func:`choose_chunks` divides its chunks.
+
+    Raises:
+        InvalidSpec: As :func:`read_records`.
+    """
+    records = read_records(source)
+    sizes = {record: count * len(record) for record, count in Counter(records).items()}
+    half = sum(sizes.values()) / 2
+    filled, search = 0.0, set()
+    for record in sorted(sizes, key=lambda text: hashlib.sha256(text.encode("utf-8", "replace")).digest()):
+        if filled + sizes[record] / 2 <= half:
+            search.add(record)
+            filled += sizes[record]
+    if not half or not _LEAST_SHARE <= filled / (2 * half) <= 1 - _LEAST_SHARE:
+        return (_BETWEEN_RECORDS.join(records),)
+    return (
+        _BETWEEN_RECORDS.join(record for record in records if record in search),
+        _BETWEEN_RECORDS.join(record for record in records if record not in search),
     )
 
 
@@ -156,28 +217,58 @@ def require_chunks(model: Path, text: TextSource, split: Split, chunks: int, len
     Raises:
         InvalidSpec: Saying how many chunks there are.
     """
+    counted = _count_parts(model, text, length, chunks)
+    if counted is not None:
+        choose_chunks(sum(counted), split, chunks, seed, counted[0] if len(counted) > 1 else None)
+
+
+def count_chunks(model: Path, text: TextSource, length: int, *, at_most: int | None = None) -> Halves | None:
+    """Count the whole chunks in both halves of a text, with the model's own tokenizer and without torch.
+
+    Args:
+        model: Checkpoint directory.
+        length: Of a chunk, in tokens.
+        at_most: Stop somewhere above so many chunks of each half: of a long text only its beginning is read then.
+
+    Returns:
+        The counts; None when the model has no ``tokenizer.json``, so that only loading it would tell.
+    """
+    counted = _count_parts(model, text, length, at_most)
+    if counted is None:
+        return None
+    return Halves(counted[0] // 2, counted[0] // 2) if len(counted) == 1 else Halves(*counted)
+
+
+def _count_parts(model: Path, text: TextSource, length: int, at_most: int | None) -> list[int] | None:
     file = model / "tokenizer.json"
     if not file.is_file():
-        return
+        return None
     from tokenizers import Tokenizer
 
-    enough = 2 * chunks * length * _CHARACTERS_PER_TOKEN
-    ids = Tokenizer.from_file(str(file)).encode(read_text(text)[:enough], add_special_tokens=False).ids
-    choose_chunks(len(ids) // length, split, chunks, seed)
+    tokenizer = Tokenizer.from_file(str(file))
+    # Some tools leave the settings of their last batch in the file.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    parts = divide(text)
+    enough = None if at_most is None else 2 * at_most * length * _CHARACTERS_PER_TOKEN // len(parts)
+    return [len(tokenizer.encode(part[:enough], add_special_tokens=False).ids) // length for part in parts]
 
 
-def choose_chunks(available: int, split: Split, chunks: int, seed: int = 0) -> list[int]:
-    """Choose which chunks of a tokenised text belong to a split.
+def choose_chunks(
+    available: int, split: Split, chunks: int, seed: int = 0, boundary: int | None = None
+) -> list[int]:
+    """Choose which chunks of a tokenised text to take of a split.
 
-    Positions are ordered by a hash; the first half is for searching, the second is held out. So the splits
-    never overlap, whatever ``chunks`` is, and asking for more chunks keeps those that a smaller number
-    would give.
+    Chunks are ordered by a hash. Of a text in one part the first half is for searching and the second is held out; so
+    the splits of one seed never overlap, whatever ``chunks`` is. Of a text that :func:`divide` divided, each part's
+    chunks are its split's, whatever the seed. Asking for more chunks keeps those that a smaller number would give.
 
     Args:
         available: Whole chunks in the text.
         split: Which half.
         chunks: How many chunks to take.
         seed: Chooses another ordering.
+        boundary: Of a divided text, how many of the chunks, the first ones, are of its first part.
 
     Returns:
         Positions in ascending order.
@@ -185,16 +276,21 @@ def choose_chunks(available: int, split: Split, chunks: int, seed: int = 0) -> l
     Raises:
         InvalidSpec: When the half does not hold so many chunks.
     """
-    half = available // 2
-    if chunks > half:
+    shuffled = sorted(range(available), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
+    if boundary is None:
+        half = available // 2
+        members = shuffled[:half] if split == "search" else shuffled[half : 2 * half]
+        held = f"The text holds {available} whole chunks, half for each split"
+    else:
+        members = [position for position in shuffled if (position < boundary) == (split == "search")]
+        held = f"The {split.replace('_', '-')} half of the text's records holds {len(members)} whole chunks"
+    if chunks > len(members):
         raise InvalidSpec(
-            f"The text holds {available} whole chunks, half for each split, but {chunks} are asked for.",
+            f"{held}, but {chunks} are asked for.",
             field="chunks",
             value=chunks,
-            hint=f"Use at most {half} chunks, shorter ones (`seqlen`), or a longer text."
-            if half
+            hint=f"Use at most {len(members)} chunks, shorter ones (`seqlen`), or a longer text."
+            if members
             else "Use a longer text or shorter chunks (`seqlen`).",
         )
-    shuffled = sorted(range(available), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
-    members = shuffled[:half] if split == "search" else shuffled[half : 2 * half]
     return sorted(members[:chunks])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from aidocks.checkpoints.space import format_bytes
-from aidocks.models.manifest import Manifest, Parent
+from aidocks.models.manifest import Manifest, Parent, Section, Table
 
 CARD_FILE = "README.md"
 _MAX_CARD_BYTES = 4 << 20
@@ -24,6 +24,7 @@ def card(manifest: Manifest) -> str:
         f"# {manifest.name}",
         _summary(manifest),
         _pictures(manifest),
+        *(_section(section) for section in manifest.sections),
         _metrics(manifest.metrics),
         _parents(manifest),
         f"## How it was made\n\n`{manifest.operation}` with AIDocks {manifest.code_version}:\n\n"
@@ -84,6 +85,31 @@ def _pictures(manifest: Manifest) -> str:
     )
 
 
+def _section(section: Section) -> str:
+    parts = [
+        f"## {_escape(section.title)}",
+        *(_escape(paragraph) for paragraph in section.text),
+        _table(section.table) if section.table else "",
+        "\n".join(f"- {_escape(note)}" for note in section.notes),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(table: Table) -> str:
+    strong = set(table.strong)
+    # Only the first column is names; what follows is figures.
+    lines = [_line(table.header), "|" + "---|" + "---:|" * (len(table.header) - 1)]
+    for row, cells in enumerate(table.rows):
+        shown = [_escape(cell) for cell in cells]
+        marked = [f"**{c}**" if (row, column) in strong and c else c for column, c in enumerate(shown)]
+        lines.append("| " + " | ".join(marked) + " |")
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(_escape(cell) for cell in cells) + " |"
+
+
 def _metrics(metrics: Mapping[str, Any]) -> str:
     rows = [f"| {_escape(name)} | {_escape(_number(value))} |" for name, value in _scalars(metrics)]
     return "\n".join(["## Measured", "", "| metric | value |", "|---|---|", *rows]) if rows else ""
@@ -96,8 +122,6 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _scalars(value, f"{name}.")
         elif isinstance(value, bool | int | float | str) and name not in ("model", "path"):
             yield name, value
-        elif isinstance(value, list | tuple):
-            yield f"{name} (count)", len(value)
 
 
 def _number(value: Any) -> str:
@@ -164,7 +188,7 @@ def _fenced(language: str, text: str) -> str:
 def _escape(text: str) -> str:
     """Keep a value from becoming markup in a table or a list."""
     flat = " ".join(text.split())
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", flat)
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", flat)
 
 
 def _code(text: str) -> str:

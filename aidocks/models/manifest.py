@@ -42,6 +42,27 @@ class ManifestFile(BaseModel):
     sha256: str
 
 
+class Table(BaseModel):
+    """A table of plain text; whoever shows it takes care of what markup would read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    strong: tuple[tuple[int, int], ...] = Field((), description="(row, column) of the cells that stand out.")
+
+
+class Section(BaseModel):
+    """Something that an operation tells on the model card: plain text, a table, notes, in this order."""
+
+    model_config = ConfigDict(frozen=True)
+
+    title: str
+    text: tuple[str, ...] = Field((), description="Paragraphs.")
+    table: Table | None = None
+    notes: tuple[str, ...] = Field((), description="Items of a list.")
+
+
 class Manifest(BaseModel):
     """Where a model comes from and what it consists of."""
 
@@ -57,6 +78,7 @@ class Manifest(BaseModel):
     code_version: str = Field(description="Version of AIDocks that made it.")
     files: tuple[ManifestFile, ...] = Field((), description="Every file but this manifest.")
     metrics: dict[str, Any] = Field(default_factory=dict)
+    sections: tuple[Section, ...] = Field((), description="What the operation tells on the model card.")
     parameters: int = 0
     dtype: str | None = None
     architecture: str | None = None

@@ -2,14 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, Field
 
 from aidocks.models.card import read_license
 from aidocks.models.manifest import Parent
+from aidocks.plan import Unit, UnitContext
 
 if TYPE_CHECKING:
     from aidocks.checkpoints.reader import Checkpoint
+
+#: A parent as a spec names it: field, reference, checkpoint directory.
+Named = tuple[str, str, Path]
+
+
+class DescribeParent(Unit[Parent]):
+    """One parent's description. All its weights are read to hash them, unless their hashes are known."""
+
+    field: str = Field(description="Path of the spec's field that named it.")
+    reference: str = Field(description="As it was given.")
+    directory: Path = Field(description="Checkpoint directory.")
+    cache_dir: Path = Field(description="Where hashes of large files are kept.")
+
+    result_type: ClassVar[type[BaseModel]] = Parent
+    computes: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        return f"hash of {self.directory.name}"
+
+    @property
+    def weight(self) -> float:
+        return float(sum(path.stat().st_size for path in self.directory.glob("*.safetensors")))
+
+    def run(self, context: UnitContext) -> Parent:
+        from aidocks.checkpoints.reader import Checkpoint
+
+        return describe_parent(self.field, self.reference, Checkpoint(self.directory), self.cache_dir)
+
+
+def parent_units(members: Iterable[Named], cache_dir: Path) -> tuple[DescribeParent, ...]:
+    """Return the units that describe the parents of a model: one for each directory, however often it is named.
+
+    Args:
+        members: Of every parent: field, reference, checkpoint directory.
+        cache_dir: Where hashes of large files are kept.
+    """
+    first: dict[Path, DescribeParent] = {}
+    for field, reference, directory in members:
+        unit = DescribeParent(field=field, reference=reference, directory=directory, cache_dir=cache_dir)
+        first.setdefault(directory, unit)
+    return tuple(first.values())
+
+
+def describe_members(
+    members: Iterable[Named], units: Sequence[DescribeParent], described: Sequence[Parent]
+) -> tuple[Parent, ...]:
+    """Return one parent for every member, from what :func:`parent_units` of them have returned."""
+    known = {unit.directory: parent for unit, parent in zip(units, described, strict=True)}
+    return tuple(
+        known[directory].model_copy(update={"field": field, "reference": reference})
+        for field, reference, directory in members
+    )
 
 
 def describe_parent(

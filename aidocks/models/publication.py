@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from aidocks._version import __version__
 from aidocks.checkpoints.files import OutputFile
-from aidocks.models.manifest import Manifest, ManifestFile, Parent
+from aidocks.models.manifest import Manifest, ManifestFile, Parent, Section
 from aidocks.plan import Plan, PlanContext, Stage
 from aidocks.specs.base import ModelResult, PublishableSpec
 
@@ -26,6 +26,7 @@ class Staged:
         files: All of them.
         parents: What it was made of.
         figures: Single numbers for the model card, beside those that the result holds.
+        sections: What else the model card tells.
     """
 
     directory: Path
@@ -35,6 +36,7 @@ class Staged:
     dtype: str | None
     architecture: str
     figures: dict[str, Any] = field(default_factory=dict)
+    sections: Sequence[Section] = ()
 
 
 def publish(
@@ -61,6 +63,7 @@ def publish(
             for file in staged.files
         ),
         metrics=staged.figures | result.model_dump(mode="json"),
+        sections=tuple(staged.sections),
         parameters=staged.parameters,
         dtype=staged.dtype,
         architecture=staged.architecture,

@@ -1,34 +1,45 @@
-"""The units that write the MoE: one per weight file, and one for everything beside the weights.
+"""The units that write the MoE: one per weight file, one for the routers, one for everything beside the weights.
 
-Where the stored type is the planned one, a tensor is a byte range that the kernel copies: no decoding, no
+Where the stored type is the planned one, a tensor is made of byte ranges that the kernel copies: no decoding, no
 torch, and memory that does not grow with the model.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from aidocks.checkpoints.files import OutputFile, copy_file, write_text
-from aidocks.checkpoints.writer import ShardPlan, ShardWriter, write_index
-from aidocks.moe.mixtral import TensorSource, find_source
+from aidocks.checkpoints.writer import ShardPlan, ShardWriter, TensorPlan, write_index
+from aidocks.errors import CorruptCheckpoint
+from aidocks.moe.recipes import Recipe, compute
+from aidocks.moe.vocabulary import is_tokenizer_file
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 
 if TYPE_CHECKING:
-    from aidocks.checkpoints.reader import Checkpoint
+    import numpy as np
+
+    from aidocks.moe.target import Target
+
+# What a shared expert's gate is where nobody computed one. Not zero: llama.cpp computes a sigmoid as silu(x)/x,
+# which is no number at 0, not even as the factor of a shared expert that is zero itself.
+_NEUTRAL_GATE = 2.0**-6
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class AssembleShard(WritingUnit):
     """One weight file of the MoE."""
 
-    base: Path = Field(description="Checkpoint directory that gives everything but MLPs and router.")
-    experts: tuple[Path, ...] = Field(description="Checkpoint directories that give the MLPs.")
-    router: OutputFile = Field(description="The safetensors file with the router rows, in the result's type.")
+    sources: tuple[Path, ...] = Field(description="Checkpoint directories; the first is the base.")
     directory: Path = Field(description="Directory in which the result is staged.")
     shard: ShardPlan
+    recipes: dict[str, Recipe] = Field(description="For every tensor of the shard.")
+    seed: int = Field(0, description="Of the noise.")
 
     @property
     def label(self) -> str:
@@ -39,64 +50,184 @@ class AssembleShard(WritingUnit):
         return float(self.shard.nbytes)
 
     def run(self, context: UnitContext) -> WrittenFiles:
-        from aidocks.checkpoints.header import read_header
         from aidocks.checkpoints.reader import Checkpoint
 
-        router, _ = read_header(self.router.path)
-        opened = {path: Checkpoint(path) for path in {self.base, *self.experts}}
+        used = {piece.source for recipe in self.recipes.values() for piece in recipe.pieces}
+        opened = {number: Checkpoint(self.sources[number]) for number in sorted(used)}
         with ShardWriter(self.directory, self.shard) as writer:
             for tensor in self.shard.tensors:
-                source = find_source(tensor.name)
-                if source.model == "router":
-                    writer.copy(tensor.name, router[source.name])
-                    continue
-                checkpoint = opened[self._directory(source)]
-                entry = checkpoint.entries[source.name]
-                if entry.dtype == tensor.dtype:
-                    writer.copy(tensor.name, entry)
+                recipe = self.recipes[tensor.name]
+                stored = [piece.find(opened[piece.source]) for piece in recipe.pieces]
+                if not stored:
+                    writer.copy_ranges(tensor.name, [bytes(tensor.nbytes)])
+                elif recipe.copies and all(entry.dtype == tensor.dtype for entry in stored):
+                    writer.copy_ranges(tensor.name, stored)
                 else:
-                    writer.write(tensor.name, _cast(checkpoint, source.name, tensor.dtype))
+                    writer.write(tensor.name, compute(tensor, recipe, stored, self.seed))
         return WrittenFiles(files=(writer.output,))
 
-    def _directory(self, source: TensorSource) -> Path:
-        return self.experts[source.model] if isinstance(source.model, int) else self.base
+
+class WriteRouter(WritingUnit):
+    """The routers' weight file: gates that were computed as float32, in the result's type."""
+
+    gates: OutputFile = Field(description="Safetensors file of float32 gates, named as in the result.")
+    directory: Path = Field(description="Directory in which the result is staged.")
+    shard: ShardPlan
+
+    @property
+    def label(self) -> str:
+        return f"{self.shard.file_name} (router)"
+
+    @property
+    def weight(self) -> float:
+        return float(self.shard.nbytes)
+
+    def run(self, context: UnitContext) -> WrittenFiles:
+        from aidocks.checkpoints.header import read_header
+
+        gates, _ = read_header(self.gates.path)
+        with ShardWriter(self.directory, self.shard) as writer:
+            for tensor in self.shard.tensors:
+                entry = gates.get(tensor.name)
+                if entry is not None and (entry.dtype, entry.shape) != ("F32", tensor.shape):
+                    raise CorruptCheckpoint(
+                        f"The gates {tensor.name} are {entry.dtype} {list(entry.shape)}, not F32 "
+                        f"{list(tensor.shape)}."
+                    )
+                rows = _read_float32(entry.file, entry.begin, tensor) if entry else _neutral(tensor)
+                writer.copy_ranges(tensor.name, [_to_bytes(rows, tensor)])
+        return WrittenFiles(files=(writer.output,))
 
 
-def _cast(checkpoint: Checkpoint, name: str, dtype: str) -> Any:
-    from aidocks.checkpoints.dtypes import to_torch
-    from aidocks.errors import IncompatibleModels
+def _read_float32(path: Path, begin: int, tensor: TensorPlan) -> np.ndarray[Any, Any]:
+    import numpy as np
 
-    stored = checkpoint.tensor(name)
-    cast = stored.to(to_torch(dtype))
-    if not bool(cast.isfinite().all()) and bool(stored.isfinite().all()):
-        raise IncompatibleModels(
-            f"The tensor {name} of {checkpoint.path.name} has values that are too large for {dtype}.",
-            field="dtype",
-            value=dtype,
-            hint="Use bfloat16 or float32.",
-        )
-    return cast
+    return np.fromfile(path, dtype="<f4", count=tensor.shape[0] * tensor.shape[1], offset=begin)
+
+
+def _neutral(tensor: TensorPlan) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    if not tensor.name.endswith(".shared_expert_gate.weight"):
+        raise CorruptCheckpoint(f"The gates have no tensor {tensor.name}.")
+    return np.full(tensor.shape[0] * tensor.shape[1], _NEUTRAL_GATE, dtype="<f4")
+
+
+def _to_bytes(rows: np.ndarray[Any, Any], tensor: TensorPlan) -> bytes:
+    """Return float32 values, rounded to the nearest of a tensor's type (ties to even), as bytes."""
+    import numpy as np
+
+    if tensor.dtype == "BF16":
+        bits = rows.view("<u4").astype(np.uint64)
+        kept = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+        is_finite = bool(np.isfinite(rows).all()) and not bool((kept & 0x7F80 == 0x7F80).any())
+    else:
+        with np.errstate(over="ignore"):
+            kept = rows.astype({"F32": "<f4", "F16": "<f2"}[tensor.dtype])
+        is_finite = bool(np.isfinite(kept).all())
+    if not is_finite:
+        raise CorruptCheckpoint(f"The gates {tensor.name} are not finite in the type {tensor.dtype}.")
+    return kept.tobytes()
 
 
 class WriteBesideWeights(WritingUnit):
-    """Configuration, the index of the weight files, and the base's tokenizer files, byte for byte."""
+    """Configuration, the index of the weight files, and the tokenizer's files, byte for byte."""
 
     base: Path = Field(description="Checkpoint directory of the base.")
+    tokenizer: Path = Field(description="Checkpoint directory that gives the tokenizer.")
     directory: Path = Field(description="Directory in which the result is staged.")
     config: dict[str, Any] = Field(description="Content of config.json.")
-    shards: tuple[ShardPlan, ...]
+    shards: tuple[ShardPlan, ...] = Field(description="All weight files, that of the routers too.")
+    chat_template: str | None = Field(None, description="Replaces the tokenizer's.")
 
     @property
     def label(self) -> str:
         return "configuration and tokenizer"
 
     def run(self, context: UnitContext) -> WrittenFiles:
-        from aidocks.checkpoints.reader import Checkpoint
-
+        texts = {"config.json": _dump(self.config)}
+        if self.tokenizer != self.base:
+            texts |= self._generation_config()
+        if self.chat_template is not None:
+            texts |= self._template_files(self.chat_template)
         files = [
             copy_file(source, self.directory / source.name)
-            for source in Checkpoint(self.base).metadata_files()
+            for source in self._copied()
+            if source.name not in texts
         ]
-        config = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
-        files.append(write_text(self.directory / "config.json", config))
+        files += [write_text(self.directory / name, text) for name, text in texts.items()]
         return WrittenFiles(files=(*files, *write_index(self.directory, self.shards)))
+
+    def _copied(self) -> list[Path]:
+        from aidocks.checkpoints.layout import metadata_files
+
+        files = metadata_files(self.base)
+        if self.tokenizer != self.base:
+            files = [path for path in files if not is_tokenizer_file(path)]
+            files += [path for path in metadata_files(self.tokenizer) if is_tokenizer_file(path)]
+        if self.chat_template is not None:
+            # An older form of the same thing, which some readers prefer.
+            files = [path for path in files if path.name != "chat_template.json"]
+        return files
+
+    def _generation_config(self) -> dict[str, str]:
+        """Return the base's generation_config.json with the special tokens of the other tokenizer's model."""
+        ours, theirs = (directory / "generation_config.json" for directory in (self.base, self.tokenizer))
+        if not ours.is_file():
+            return {}
+        said = _read(theirs) if theirs.is_file() else self.config
+        ids = {key: said[key] for key in said if key in _SPECIAL and said[key] is not None}
+        return {ours.name: _dump(_read(ours) | ids)}
+
+    def _template_files(self, template: str) -> dict[str, str]:
+        """Return the template, and tokenizer_config.json without its own, so that there is one truth."""
+        texts = {"chat_template.jinja": template}
+        path = self.tokenizer / "tokenizer_config.json"
+        if path.is_file():
+            settings = _read(path)
+            if settings.pop("chat_template", None) is not None:
+                texts[path.name] = _dump(settings)
+        return texts
+
+
+def assembly_units(
+    target: Target, files: Sequence[ShardPlan], directory: Path
+) -> tuple[AssembleShard | WriteBesideWeights, ...]:
+    """Return the units that write everything of a target but its routers.
+
+    Args:
+        target: The plan of the result.
+        files: From :meth:`Target.plan_files`; the last is that of the routers.
+        directory: Where the result is staged.
+    """
+    shards = [
+        AssembleShard(
+            sources=target.sources,
+            directory=directory,
+            shard=shard,
+            recipes=recipes,
+            # Where there is no noise, another seed is no other work.
+            seed=target.seed if any(recipe.is_noisy for recipe in recipes.values()) else 0,
+        )
+        for shard in files[:-1]
+        for recipes in ({tensor.name: target.recipes[tensor.name] for tensor in shard.tensors},)
+    ]
+    beside = WriteBesideWeights(
+        base=target.sources[0],
+        tokenizer=target.tokenizer,
+        directory=directory,
+        config=target.config,
+        shards=tuple(files),
+        chat_template=target.chat_template,
+    )
+    return (*shards, beside)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from aidocks.checkpoints.layout import read_json_object
+
+    return read_json_object(path)
+
+
+def _dump(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,10 +1,11 @@
-"""The unit that loads the finished MoE as users will, runs text through it, and draws where tokens went."""
+"""The unit that loads the finished MoE as users will, runs texts through it, and draws where tokens went."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,22 +13,44 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import OutputFile, write_bytes, write_text
 from aidocks.errors import CorruptCheckpoint
-from aidocks.evaluate.texts import Split, TextSource, choose_chunks
-from aidocks.moe.gating import Gates
-from aidocks.moe.mixtral import router_name
+from aidocks.evaluate.texts import Domain, Split
 from aidocks.plan import Unit, UnitContext
 
 if TYPE_CHECKING:
     import torch
 
+    from aidocks.evaluate.causal_lm import CausalLM
 
-class Routing(BaseModel):
-    """Where the tokens of a text went, and the pictures of it.
+
+class DomainRouting(BaseModel):
+    """Where the tokens of one text went, mean over layers; shares sum to 1 over experts.
 
     Attributes:
-        load: Layer x expert: share of the layer's choices that fell on the expert; a layer's shares sum to 1.
-        weight: Layer x expert: share of the layer's mixture that the expert supplied; sums to 1 likewise.
+        domain: Name of the domain.
         tokens: Tokens that were routed.
+        load: By expert: share of the choices that fell on it.
+        weight: By expert: share of the mixture that it supplied.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    domain: str
+    tokens: int
+    load: tuple[float, ...]
+    weight: tuple[float, ...]
+
+
+class Routing(BaseModel):
+    """Where tokens went. All layers of all texts are in ``report/routing.json``; this is what is concluded from.
+
+    Attributes:
+        load: Layer x expert, over the mix of all texts in equal parts: share of the layer's choices that fell
+            on the expert; a layer's shares sum to 1.
+        weight: Likewise: share of the layer's mixture that the expert supplied.
+        aux_loss: Load-balancing loss of each layer on that mix: experts * sum over them of f * p, f being the
+            choices per token that fell on the expert and p the mean of its routing probability (Switch
+            Transformer, equations 4 to 6, as transformers computes it). Even routing has experts_per_token.
+        domains: Text by text.
         files: The report's files.
     """
 
@@ -35,23 +58,26 @@ class Routing(BaseModel):
 
     load: tuple[tuple[float, ...], ...]
     weight: tuple[tuple[float, ...], ...]
-    tokens: int
+    aux_loss: tuple[float, ...]
+    domains: tuple[DomainRouting, ...]
     files: tuple[OutputFile, ...]
 
 
 class CheckMoE(Unit[Routing]):
-    """Loads the staged MoE with transformers, requires finite logits, and reports the routing."""
+    """Loads the staged MoE with transformers, requires all weights and finite logits, and reports the routing."""
 
     result_type: ClassVar[type[BaseModel]] = Routing
 
     model: Path = Field(description="Directory in which the result is staged.")
-    expert_names: tuple[str, ...]
-    gates: Gates
+    expert_names: tuple[str, ...] = Field(description="Their model references.")
+    routers: tuple[str, ...] = Field(description="Name of each layer's router on disk.")
+    condition: tuple[float | None, ...] = Field(
+        (), description="Condition number of each layer's rows, to be drawn; empty where it means nothing."
+    )
     parameters: int = Field(description="Parameters that the model must have once it is loaded.")
-    text: TextSource
+    domains: tuple[Domain, ...] = Field(min_length=1)
     split: Split = "held_out"
     seq_length: int
-    chunks: int
     seed: int
 
     @property
@@ -62,102 +88,179 @@ class CheckMoE(Unit[Routing]):
         from aidocks.evaluate.causal_lm import load_cached
 
         model = load_cached(self.model, None, context)
-        loaded = sum(parameter.numel() for parameter in model.network.parameters())
-        if loaded != self.parameters:
-            raise CorruptCheckpoint(
-                f"The MoE has {loaded} parameters when loaded, not {self.parameters} as planned."
-            )
-        tokens = model.chunks(self.text, self.seq_length)
-        chosen = tokens[choose_chunks(len(tokens), self.split, self.chunks, self.seed)]
-        load_LE, weight_LE = route(model.network, chosen)
-        files = self._write_report(load_LE, weight_LE, chosen.numel())
+        self._require_all_weights(model)
+        chosen = [
+            model.chunks(domain.text, self.split, self.seq_length, domain.chunks, self.seed).tokens
+            for domain in self.domains
+        ]
+        traffic = [route(model.network, tokens_CT) for tokens_CT in chosen]
+        files = tuple(self._write_report(traffic))
         return Routing(
-            load=_rows(load_LE), weight=_rows(weight_LE), tokens=chosen.numel(), files=tuple(files)
+            load=_rows(_mean([part.load for part in traffic])),
+            weight=_rows(_mean([part.weight for part in traffic])),
+            aux_loss=_row(aux_losses(traffic)),
+            domains=tuple(
+                DomainRouting(
+                    domain=domain.name,
+                    tokens=part.tokens,
+                    load=_row(part.load.mean(0)),
+                    weight=_row(part.weight.mean(0)),
+                )
+                for domain, part in zip(self.domains, traffic, strict=True)
+            ),
+            files=files,
         )
 
     def outputs(self, result: Routing) -> Sequence[OutputFile]:
         return result.files
 
-    def _write_report(
-        self, load_LE: torch.Tensor, weight_LE: torch.Tensor, tokens: int
-    ) -> Iterator[OutputFile]:
-        from aidocks.moe import figures
+    def _require_all_weights(self, model: CausalLM) -> None:
+        if model.unused:
+            raise CorruptCheckpoint(
+                f"The MoE has {len(model.unused)} tensors that transformers does not know, the first of them "
+                f"{model.unused[0]}."
+            )
+        loaded = sum(parameter.numel() for parameter in model.network.parameters())
+        if loaded != self.parameters:
+            raise CorruptCheckpoint(
+                f"The MoE has {loaded} parameters when loaded, not {self.parameters} as planned."
+            )
 
-        cosines_LEE = self._cosines()
+    def _write_report(self, traffic: Sequence[Traffic]) -> Iterator[OutputFile]:
+        from aidocks.moe import figures
+        from aidocks.moe.report import shown
+
+        names = [shown(name) for name in self.expert_names]
+        domains = [domain.name for domain in self.domains]
+        load_LE, aux_L = _mean([part.load for part in traffic]), aux_losses(traffic)
+        cosines_EE = self._mean_cosines()
         folder = self.model / "report"
         folder.mkdir(exist_ok=True)
+        weights = _stack([part.weight for part in traffic]).numpy()
         pictures = {
-            "routing.png": figures.draw_routing(weight_LE.numpy(), self.expert_names),
-            "gates.png": figures.draw_gates(cosines_LEE.numpy(), self.gates.condition, self.expert_names),
+            "routing.png": figures.draw_routing(weights, domains, names),
+            "balance.png": figures.draw_balance(load_LE.numpy(), aux_L.tolist(), traffic[0].per_token, names),
+            "gates.png": figures.draw_gates(cosines_EE.numpy(), self.condition, names),
         }
         for name, content in pictures.items():
             yield write_bytes(folder / name, content)
         report = {
-            "experts": self.expert_names,
-            "tokens": tokens,
+            "experts": names,
+            "domains": {
+                name: {"tokens": part.tokens, "load": _rows(part.load), "weight": _rows(part.weight)}
+                for name, part in zip(domains, traffic, strict=True)
+            },
             "load": _rows(load_LE),
-            "weight": _rows(weight_LE),
-            "gate_condition": self.gates.condition,
-            "gate_cosines": [_rows(layer) for layer in cosines_LEE],
+            "aux_loss": _row(aux_L),
+            "gate_condition": self.condition,
+            "gate_cosines": _rows(cosines_EE),
         }
         yield write_text(folder / "routing.json", json.dumps(report) + "\n")
 
-    def _cosines(self) -> torch.Tensor:
-        """Return how parallel the router rows are, float64 [L, E, E]."""
-        import torch
+    def _mean_cosines(self) -> torch.Tensor:
+        """Return how parallel the router rows are, mean over layers, float64 [E, E]."""
         from torch.nn import functional
 
         from aidocks.checkpoints.reader import Checkpoint
 
         stored = Checkpoint(self.model)
-        rows = [stored.tensor(router_name(layer)) for layer in range(len(self.gates.condition))]
-        unit_LEH = functional.normalize(torch.stack(rows).double(), dim=-1)
-        return unit_LEH @ unit_LEH.transpose(1, 2)
+        # One layer at a time: a router of 256 experts is not small.
+        units = (functional.normalize(stored.tensor(name).double(), dim=-1) for name in self.routers)
+        return _mean([unit_EH @ unit_EH.T for unit_EH in units])
 
 
-def route(network: Any, tokens_CT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run chunks through a Mixtral network and return what its routers did.
+@dataclass(frozen=True)
+class Traffic:
+    """What the routers of a network did with some tokens; float64 sums, [layers, experts].
+
+    Attributes:
+        choices: How many tokens chose the expert.
+        weights: What the expert contributed to their mixtures.
+        probabilities: Sum of its routing probabilities, before the choice.
+        tokens: How many tokens there were.
+    """
+
+    choices: torch.Tensor
+    weights: torch.Tensor
+    probabilities: torch.Tensor
+    tokens: int
+
+    @property
+    def load(self) -> torch.Tensor:
+        """Shares of the choices; rows sum to 1."""
+        return self.choices / self.choices.sum(1, keepdim=True)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Shares of the mixture; rows sum to 1."""
+        return self.weights / self.weights.sum(1, keepdim=True)
+
+    @property
+    def per_token(self) -> int:
+        """Experts that every token is sent to."""
+        return round(float(self.choices[0].sum()) / self.tokens)
+
+
+def aux_losses(traffic: Sequence[Traffic]) -> torch.Tensor:
+    """Return the load-balancing loss of each layer on a mix of texts in equal parts, float64 [L].
+
+    See :class:`Routing` for its definition; ``experts_per_token`` is even.
+    """
+    choices_LE = _mean([part.choices / part.tokens for part in traffic])
+    probabilities_LE = _mean([part.probabilities / part.tokens for part in traffic])
+    return (choices_LE * probabilities_LE).sum(1) * choices_LE.shape[1]
+
+
+def route(network: Any, tokens_CT: torch.Tensor) -> Traffic:
+    """Run chunks through an MoE and return what its routers did.
 
     Args:
-        network: A loaded ``MixtralForCausalLM``.
+        network: A loaded Mixtral, Qwen2-MoE or Qwen3-MoE of transformers, with a router in every layer.
         tokens_CT: Token ids, [chunks, tokens].
 
-    Returns:
-        Shares of choices and shares of the mixture, each float64 [layers, experts] with rows that sum to 1.
-
     Raises:
-        CorruptCheckpoint: When a logit is not finite.
+        CorruptCheckpoint: When a logit is not finite, or a layer has no router.
     """
     import torch
 
-    layers, experts = network.config.num_hidden_layers, network.config.num_local_experts
-    choices_LE = torch.zeros(layers, experts, dtype=torch.float64)
-    weights_LE = torch.zeros(layers, experts, dtype=torch.float64)
-    with _watched_routers(network, choices_LE, weights_LE), torch.inference_mode():
-        for ids_T in tokens_CT:
-            logits = network(input_ids=ids_T[None].to(network.device), use_cache=False).logits
+    from aidocks.evaluate.causal_lm import batches
+
+    layers = network.model.layers
+    for number, layer in enumerate(layers):
+        if not hasattr(layer.mlp, "gate"):
+            raise CorruptCheckpoint(f"Layer {number} of the MoE has no router.")
+    shape = (len(layers), layers[0].mlp.gate.weight.shape[0])
+    choices_LE, weights_LE, probabilities_LE = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+    watched = _watched_routers(layers, choices_LE, weights_LE, probabilities_LE)
+    with watched, torch.inference_mode():
+        for ids_BT in batches(tokens_CT):
+            logits = network(input_ids=ids_BT.to(network.device), use_cache=False).logits
             if not bool(torch.isfinite(logits).all()):
                 raise CorruptCheckpoint(
                     "The MoE's logits are not finite.", hint="Use bfloat16 or float32 as dtype."
                 )
-    return choices_LE / choices_LE.sum(1, keepdim=True), weights_LE / weights_LE.sum(1, keepdim=True)
+    return Traffic(choices_LE, weights_LE, probabilities_LE, tokens_CT.numel())
 
 
 @contextmanager
-def _watched_routers(network: Any, choices_LE: torch.Tensor, weights_LE: torch.Tensor) -> Iterator[None]:
+def _watched_routers(
+    layers: Sequence[Any],
+    choices_LE: torch.Tensor,
+    weights_LE: torch.Tensor,
+    probabilities_LE: torch.Tensor,
+) -> Iterator[None]:
     def watch(layer: int) -> Any:
         def add(module: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-            _, scores_NK, chosen_NK = output
+            logits_NE, scores_NK, chosen_NK = output
             chosen = chosen_NK.flatten().cpu()
             scores = scores_NK.flatten().double().cpu()
             choices_LE[layer].index_add_(0, chosen, scores.new_ones(scores.shape))
             weights_LE[layer].index_add_(0, chosen, scores)
+            probabilities_LE[layer] += logits_NE.double().softmax(-1).sum(0).cpu()
 
         return add
 
-    handles = [
-        block.mlp.gate.register_forward_hook(watch(layer)) for layer, block in enumerate(network.model.layers)
-    ]
+    handles = [block.mlp.gate.register_forward_hook(watch(number)) for number, block in enumerate(layers)]
     try:
         yield
     finally:
@@ -165,6 +268,20 @@ def _watched_routers(network: Any, choices_LE: torch.Tensor, weights_LE: torch.T
             handle.remove()
 
 
+def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.stack(list(parts))
+
+
+def _mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return sum(parts[1:], start=parts[0]) / len(parts)
+
+
 def _rows(matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:
-    # Six digits: enough to read, and small in the journal.
-    return tuple(tuple(round(float(value), 6) for value in row) for row in matrix)
+    return tuple(_row(row) for row in matrix)
+
+
+def _row(values: torch.Tensor) -> tuple[float, ...]:
+    # Six significant digits: enough to read, small in the journal, and never 0 for what is not 0.
+    return tuple(float(f"{value:.6g}") for value in values.tolist())

@@ -1,88 +1,305 @@
-"""The pictures of an MoE's report, drawn without a display and without global state."""
+"""The pictures of an MoE's report, drawn without a display and without global state.
+
+Experts are numbered as in the request; texts are called by the expert whose examples they are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
+from math import ceil
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from aidocks.moe.gating import WORST_CONDITION
+from aidocks.moe.report import WORST_CONDITION, TrainingPoint, own_expert, significant, text_title
+from aidocks.specs.moe_result import ModelPerplexity
 
 _LONGEST_NAME = 28
 _SHARE, _COSINE = "YlGnBu", "RdBu_r"
+_GREY, _RED, _BLUE, _AMBER, _GREEN = "#8a97a3", "#c0392b", "#1f4e79", "#b8860b", "#2e7d32"
+#: Beyond these a picture is no longer read: what is left out is said, and is in the report's numbers.
+_MOST_PANELS, _MOST_EXPERTS, _MOST_NAMES, _MOST_LINES = 12, 12, 16, 10
 
 
-def draw_routing(weight_LE: NDArray[np.float64], names: Sequence[str]) -> bytes:
-    """Draw the share of each layer's mixture that each expert supplied. Returns PNG."""
-    layers, experts = weight_LE.shape
-    figure = Figure(
-        figsize=(max(4.2, 1.6 + 0.9 * experts), max(2.6, 1.4 + 0.2 * layers)), layout="constrained"
+def draw_routing(weight_DLE: NDArray[np.float64], domains: Sequence[str], names: Sequence[str]) -> bytes:
+    """Draw the share of each layer's mixture that each expert supplied, one panel a text, all in one scale.
+
+    Args:
+        weight_DLE: Shares, [domains, layers, experts]; rows sum to 1.
+        domains: Names of the domains.
+        names: Of the experts.
+
+    Returns:
+        PNG.
+    """
+    shown = weight_DLE[:_MOST_PANELS]
+    panels, layers, experts = shown.shape
+    columns = panels if panels <= 4 else ceil(panels / ceil(panels / 5))
+    rows = ceil(panels / columns)
+    width, height = min(3.4, max(1.25, 0.3 + 0.24 * experts)), min(4.4, max(1.3, 0.4 + 0.1 * layers))
+    size = (max(4.6, 1.3 + width * columns), 0.75 + (height + 0.4) * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    highest = float(shown.max())
+    image = None
+    for number, axes in enumerate(grid.flat):
+        if number >= panels:
+            axes.set_axis_off()
+            continue
+        image = axes.imshow(shown[number], aspect="auto", cmap=_SHARE, vmin=0, vmax=highest)
+        axes.set_title(text_title(domains[number]), fontsize=7)
+        axes.set_xticks(range(0, experts, ceil(experts / 16)))
+        axes.tick_params(labelsize=6, length=2)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        own = own_expert(domains[number])
+        for label in axes.get_xticklabels():
+            label.set_fontweight("bold" if label.get_text() == str(own) else "normal")
+        if layers <= 12 and experts <= 8:
+            _write_shares(axes, shown[number], highest)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("layer", fontsize=7)
+    assert image is not None, "there is a domain"
+    bar = figure.colorbar(image, ax=grid, aspect=30, shrink=0.9)
+    bar.ax.tick_params(labelsize=6)
+    bar.ax.axhline(1 / experts, color="k", linewidth=0.8)
+    bar.set_label(f"share of the mixture\n(line: even, {1 / experts:.2g})", fontsize=7)
+    left_out = len(weight_DLE) - panels
+    figure.suptitle(
+        "Which expert served which text" + (f" ({left_out} more texts are not drawn)" if left_out else ""),
+        fontsize=9,
     )
-    axes = figure.add_subplot()
-    image = axes.imshow(weight_LE, aspect="auto", cmap=_SHARE, vmin=0, vmax=float(weight_LE.max()))
-    axes.set_xticks(range(experts), [_short(name) for name in names], rotation=20, ha="right", fontsize=7)
-    axes.set_yticks(range(0, layers, max(1, layers // 15)))
-    axes.set_ylabel("layer")
-    axes.set_title(f"Share of the mixture by expert (even: {1 / experts:.2f})", fontsize=9)
-    if layers * experts <= 400:
-        for (layer, expert), share in np.ndenumerate(weight_LE):
-            dark = share > 0.6 * weight_LE.max()
-            axes.text(
-                expert,
-                layer,
-                f"{share:.2f}",
-                ha="center",
-                va="center",
-                fontsize=6,
-                color="w" if dark else "k",
-            )
-    figure.colorbar(image, ax=axes)
+    figure.supxlabel(_numbered(names, per_line=max(24, int(size[0] * 15))), fontsize=7)
+    return _png(figure)
+
+
+def _write_shares(axes: Any, weight_LE: NDArray[np.float64], highest: float) -> None:
+    for (layer, expert), share in np.ndenumerate(weight_LE):
+        color = "w" if share > 0.6 * highest else "k"
+        text = f"{share:.2f}".removeprefix("0")
+        axes.text(expert, layer, text, ha="center", va="center", fontsize=5, color=color)
+
+
+def draw_balance(
+    load_LE: NDArray[np.float64], aux_L: Sequence[float], experts_per_token: int, names: Sequence[str]
+) -> bytes:
+    """Draw how evenly the experts of each layer are used over all texts, and the load-balancing loss.
+
+    Args:
+        load_LE: Shares of each layer's choices over the mix of all texts, [layers, experts].
+        aux_L: Load-balancing loss of each layer; ``experts_per_token`` is even.
+        experts_per_token: k.
+        names: Of the experts.
+    """
+    layers, experts = load_LE.shape
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    x = np.arange(layers)
+    if experts <= _MOST_LINES:
+        for number in range(experts):
+            left.plot(x, load_LE[:, number], marker=".", linewidth=1, color=f"C{number}", label=str(number))
+        left.legend(fontsize=6, ncols=min(5, experts), title="expert", title_fontsize=6, loc="upper right")
+    else:
+        left.fill_between(
+            x, load_LE.min(1), load_LE.max(1), color=_BLUE, alpha=0.25, label="least to most used"
+        )
+        left.plot(x, np.median(load_LE, 1), color=_BLUE, label="median expert")
+        left.legend(fontsize=6, loc="upper right")
+    left.axhline(1 / experts, color=_GREY, linestyle="--", linewidth=0.8)
+    # Room for the legend above the lines.
+    left.set_ylim(0, max(1.5 / experts, float(load_LE.max()) * 1.35))
+    left.set_title(f"Share of the layer's choices (dashed: even, {1 / experts:.2g})", fontsize=8)
+    right.plot(x, aux_L, marker=".", linewidth=1, color=_BLUE)
+    right.axhline(experts_per_token, color=_GREY, linestyle="--", linewidth=0.8)
+    low, high = min(*aux_L, experts_per_token), max(*aux_L, experts_per_token)
+    room = max(0.08 * (high - low), 0.02 * high)
+    right.set_ylim(low - room, high + room)
+    right.set_title(f"Load-balancing loss (dashed: even, {experts_per_token}; worst: {experts})", fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("layer", fontsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=7)
+    figure.supxlabel(_numbered(names, per_line=130), fontsize=7)
     return _png(figure)
 
 
 def draw_gates(
-    cosines_LEE: NDArray[np.float64], condition: Sequence[float | None], names: Sequence[str]
+    mean_EE: NDArray[np.float64], condition: Sequence[float | None], names: Sequence[str]
 ) -> bytes:
     """Draw how parallel the router rows are: mean cosine of every pair, and each layer's condition number.
 
     Args:
-        cosines_LEE: Cosines between rows, by layer.
-        condition: Condition numbers; None where rows are linearly dependent.
+        mean_EE: Cosines between rows, mean over layers.
+        condition: Condition number of each layer; None where rows are linearly dependent. May be empty: then
+            only the cosines are drawn.
         names: Of the experts.
     """
     experts = len(names)
-    figure = Figure(figsize=(8.4, max(3.0, 1.6 + 0.3 * experts)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    mean_EE = cosines_LEE.mean(0)
-    image = left.imshow(mean_EE, cmap=_COSINE, vmin=-1, vmax=1)
-    left.set_xticks(range(experts), range(experts), fontsize=7)
-    left.set_yticks(range(experts), [f"{i}  {_short(name)}" for i, name in enumerate(names)], fontsize=7)
-    left.set_title("Cosine of router rows, mean over layers", fontsize=9)
+    side = min(6.0, max(2.6, 1.2 + 0.3 * experts))
+    figure = Figure(figsize=(side + 2.6 + (3.8 if condition else 0), side), layout="constrained")
+    widths = [side + 2.6, 3.8][: 2 if condition else 1]
+    left, *rest = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    # Not of equal aspect: the layout could not find room for long names then.
+    image = left.imshow(mean_EE, aspect="auto", cmap=_COSINE, vmin=-1, vmax=1)
+    ticks = range(0, experts, ceil(experts / 32))
+    left.set_xticks(ticks, ticks, fontsize=7)
+    left.set_yticks(ticks, [f"{i}  {_short(names[i])}" for i in ticks], fontsize=7)
+    left.set_title("Cosine of router rows, mean over layers", fontsize=8)
     if experts <= 12:
         for (i, j), cosine in np.ndenumerate(mean_EE):
             color = "w" if abs(cosine) > 0.6 else "k"
             left.text(j, i, f"{cosine:.2f}", ha="center", va="center", fontsize=6, color=color)
-    figure.colorbar(image, ax=left)
-    known = [(layer, number) for layer, number in enumerate(condition) if number is not None]
-    right.plot([layer for layer, _ in known], [number for _, number in known], marker="o", markersize=3)
-    for layer in (layer for layer, number in enumerate(condition) if number is None):
-        right.axvline(layer, color="#c0392b", linewidth=0.8)
-    right.axhline(WORST_CONDITION, color="#8a97a3", linestyle="--", linewidth=0.8)
-    right.set_ylim(bottom=0)
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    right.set_xlabel("layer (red: rows are dependent)", fontsize=8)
-    right.set_title("Condition number of the rows (1 is best)", fontsize=9)
+    figure.colorbar(image, ax=left, shrink=0.9).ax.tick_params(labelsize=6)
+    for axes in rest:
+        _draw_condition(axes, condition)
     return _png(figure)
 
 
-def _short(reference: str) -> str:
-    name = reference.rstrip("/").rpartition("/")[2]
+def _draw_condition(axes: Any, condition: Sequence[float | None]) -> None:
+    dependent = [layer for layer, number in enumerate(condition) if number is None]
+    known = [number for number in condition if number is not None]
+    # NaN breaks the line where there is no number.
+    axes.plot([np.nan if number is None else number for number in condition], marker=".", color=_BLUE)
+    for layer in dependent:
+        axes.axvline(layer, color=_RED, linewidth=0.8)
+    axes.axhline(WORST_CONDITION, color=_GREY, linestyle="--", linewidth=0.8)
+    axes.set_ylim(0, 1.1 * max([WORST_CONDITION, *known]))
+    axes.set_xlim(-0.5, len(condition) - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel("layer (red: rows are dependent)" if dependent else "layer", fontsize=7)
+    axes.set_title("Condition number of the rows (1 is best)", fontsize=8)
+
+
+def draw_perplexities(models: Sequence[ModelPerplexity], names: Sequence[str]) -> bytes:
+    """Draw the perplexity of every model on every text, one panel a text with an axis of its own.
+
+    Args:
+        models: Base, experts, average and MoE, each with the same domains.
+        names: Of the experts.
+    """
+    experts = [model for model in models if own_expert(model.model) is not None]
+    hidden = {model.model for model in experts[_MOST_EXPERTS:]}
+    models = [model for model in models if model.model not in hidden]
+    domains = models[0].domains[:_MOST_PANELS]
+    columns = len(domains) if len(domains) <= 3 else 2 if len(domains) == 4 else 3
+    rows = ceil(len(domains) / columns)
+    size = (1.6 + 2.7 * columns, 0.6 + (0.75 + 0.17 * len(models)) * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for number, axes in enumerate(grid.flat):
+        if number >= len(domains):
+            axes.set_axis_off()
+            continue
+        _draw_domain(axes, models, number)
+        labels = [_row_title(model.model, names) for model in models]
+        axes.set_yticks(
+            range(len(models)), labels if number % columns == 0 else [""] * len(models), fontsize=7
+        )
+    left_out = [f"{len(hidden)} more experts"] * bool(hidden)
+    left_out += [f"{len(models[0].domains) - len(domains)} more texts"] * (
+        len(models[0].domains) > len(domains)
+    )
+    title = [
+        "Perplexity, lower is better",
+        "bars: standard error; line: plain average; star: the text's own expert",
+    ]
+    if left_out:
+        title.append(f"{' and '.join(left_out)} are not drawn")
+    figure.suptitle("\n".join(title), fontsize=8)
+    return _png(figure)
+
+
+def _draw_domain(axes: Any, models: Sequence[ModelPerplexity], number: int) -> None:
+    """Draw one text: a row a model, its number at the right border."""
+    domain = models[0].domains[number].domain
+    values = []
+    for row, model in enumerate(models):
+        measured = model.domains[number]
+        colors = {"base": _GREY, "average": _AMBER, "moe": _GREEN}
+        text, weight = "not finite", "bold" if model.model == "moe" else "normal"
+        if measured.perplexity is not None:
+            values.append(measured.perplexity)
+            text = significant(measured.perplexity, 4)
+            axes.errorbar(
+                measured.perplexity,
+                row,
+                xerr=measured.standard_error,
+                fmt="*" if model.model == domain else "o",
+                markersize=7 if model.model == domain else 4,
+                color=colors.get(model.model, _BLUE),
+                elinewidth=0.8,
+            )
+            if model.model == "average":
+                axes.axvline(measured.perplexity, color=_AMBER, linewidth=0.6, zorder=0)
+        axes.text(
+            1.02, row, text, transform=axes.get_yaxis_transform(), fontsize=6, va="center", weight=weight
+        )
+    axes.set_ylim(len(models) - 0.5, -0.5)
+    axes.set_title(text_title(domain), fontsize=8)
+    axes.tick_params(labelsize=6, length=2)
+    if values and max(values) > 4 * min(values):
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        steps = (1, 10) if high > 500 * low else (1, 2, 5)
+        ticks = [s * 10.0**e for e in range(-1, 300) for s in steps if low <= s * 10.0**e <= high and s < 10]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+
+
+def _row_title(model: str, names: Sequence[str]) -> str:
+    number = own_expert(model)
+    if number is None:
+        return {"moe": "MoE", "average": "plain average"}.get(model, model)
+    return f"{number}  {_short(names[number])}"
+
+
+def draw_training(points: Sequence[TrainingPoint]) -> bytes:
+    """Draw how the gates learned: the loss of every text, and the load-balancing loss, by step."""
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [point.step for point in points]
+    domains = list(points[0].losses)
+    for number, domain in enumerate(domains):
+        losses = [point.losses.get(domain, np.nan) for point in points]
+        color = f"C{number}" if len(domains) <= _MOST_LINES else _GREY
+        left.plot(steps, losses, marker=".", linewidth=1, color=color, label=text_title(domain))
+    if 1 < len(domains) <= _MOST_LINES:
+        left.plot(steps, [point.mean_loss for point in points], color="k", linewidth=1.4, label="mean")
+    if len(domains) <= _MOST_LINES:
+        figure.legend(fontsize=6, loc="outside lower center", ncols=min(6, len(domains) + 1), frameon=False)
+    left.set_title("Loss, nats per token", fontsize=8)
+    right.plot(steps, [point.aux_loss for point in points], marker=".", linewidth=1, color=_BLUE)
+    right.set_title("Load-balancing loss, mean over layers", fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("step", fontsize=7)
+        axes.tick_params(labelsize=7)
+        axes.margins(y=0.08)
+    return _png(figure)
+
+
+def _numbered(names: Sequence[str], per_line: int) -> str:
+    """Return `0 name   1 name ...` in lines of limited length."""
+    items = [f"{number} {_short(name)}" for number, name in enumerate(names[:_MOST_NAMES])]
+    if len(names) > _MOST_NAMES:
+        items.append(f"… {len(names) - 1}")
+    lines = [""]
+    for item in items:
+        if lines[-1] and len(lines[-1]) + len(item) > per_line:
+            lines.append("")
+        lines[-1] += f"    {item}" if lines[-1] else item
+    return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    # A dollar sign would begin a formula.
+    name = name.replace("$", r"\$")
     return name if len(name) <= _LONGEST_NAME else f"…{name[-_LONGEST_NAME:]}"
 
 

@@ -1,64 +1,73 @@
-"""Router rows from prompts, without training.
+"""Router rows without training: from prompts, or at random.
 
-``hidden`` and ``cheap_embed`` follow the definitions that mergekit's MoE script made known (and
-https://goddard.blog/posts/clown-moe explains), so that prompts written for it mean the same here.
+``hidden``, ``hidden_avg`` and ``cheap_embed`` follow the definitions that mergekit's MoE script made known (and
+https://goddard.blog/posts/clown-moe explains), so that prompts written for it mean the same here. ``random`` and
+``uniform_random`` need neither prompts nor torch.
 
 Shape suffixes: L layers, E experts, H hidden size, B prompts of one batch, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+Floats = NDArray[np.float64]
 
 # Bounds the activations of a batch; prompts of one length share a batch, so none is padded.
 _TOKENS_PER_BATCH = 2048
 
 
-def random_gates(num_layers: int, num_experts: int, hidden_size: int, seed: int) -> torch.Tensor:
-    """Return random directions of unit length, float64 [L, E, H]; the scale is that of the other modes."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (num_layers, num_experts, hidden_size)
-    return _unit(torch.randn(shape, generator=generator, dtype=torch.float64))
+def random_gates(num_layers: int, num_rows: int, hidden_size: int, seed: int) -> Floats:
+    """Return random directions of unit length, float64 [L, rows, H]; the scale is that of the prompt modes."""
+    return unit(np.random.default_rng(seed).standard_normal((num_layers, num_rows, hidden_size)))
 
 
-def contrast(positive: Iterable[torch.Tensor], negative: Sequence[torch.Tensor]) -> torch.Tensor:
+def uniform_gates(num_layers: int, num_rows: int, hidden_size: int, seed: int) -> Floats:
+    """Return rows drawn evenly from +-1/sqrt(H), float64 [L, rows, H]: how linear layers are initialised."""
+    bound = hidden_size**-0.5
+    return np.random.default_rng(seed).uniform(-bound, bound, (num_layers, num_rows, hidden_size))
+
+
+def contrast(positive: Iterable[Floats], negative: Sequence[Floats]) -> Floats:
     """Return mean(positive) - mean(negative), with rows of unit length.
 
     Args:
         positive: Vectors of the prompts that an expert is for, each [..., H].
         negative: Vectors of those that it is not for; may be empty.
     """
-    row = torch.stack(list(positive)).double().mean(0)
-    if negative:
-        row = row - torch.stack(list(negative)).double().mean(0)
-    return _unit(row)
+    row: Floats = np.stack(list(positive)).mean(0)
+    return unit(row - np.stack(negative).mean(0) if negative else row)
 
 
-def _unit(rows: torch.Tensor) -> torch.Tensor:
-    lengths: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows / lengths.clamp_min(torch.finfo(torch.float64).tiny)
+def unit(rows: Floats) -> Floats:
+    """Scale the last axis to length 1; a zero row stays zero."""
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    scaled: Floats = rows / np.maximum(lengths, np.finfo(np.float64).tiny)
+    return scaled
 
 
-def condition_numbers(gates_LEH: torch.Tensor) -> list[float | None]:
+def condition_numbers(gates_LEH: NDArray[Any]) -> list[float | None]:
     """Return each layer's ratio of largest to smallest singular value; None where rows are dependent.
 
     Near 1 the rows point in different directions and the router can tell the experts apart.
     """
-    values_LE = torch.linalg.svdvals(gates_LEH.double())
-    tiny = torch.finfo(torch.float64).eps * max(gates_LEH.shape[1:])
+    values_LE = np.linalg.svd(gates_LEH.astype(np.float64), compute_uv=False)
+    tiny = np.finfo(np.float64).eps * max(gates_LEH.shape[1:])
     return [float(values[0] / values[-1]) if values[-1] > tiny * values[0] else None for values in values_LE]
 
 
-def embed_prompts(
-    prompts: Iterable[str], tokenizer: Any, embedding_VH: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def embed_prompts(prompts: Iterable[str], tokenizer: Any, embedding_VH: torch.Tensor) -> dict[str, Floats]:
     """Return prompt -> sum of its token embeddings, float64 [H]; special tokens do not count."""
     return {
-        prompt: embedding_VH[tokenizer(prompt, add_special_tokens=False)["input_ids"]].double().sum(0)
+        prompt: embedding_VH[tokenizer(prompt, add_special_tokens=False)["input_ids"]].double().sum(0).numpy()
         for prompt in prompts
     }
 
@@ -88,40 +97,43 @@ def tokenize(prompts: Iterable[str], tokenizer: Any, longest: int) -> tuple[dict
     return tokens, cut
 
 
-@torch.inference_mode()
-def hidden_states(tokens: dict[str, list[int]], network: Any) -> dict[str, torch.Tensor]:
-    """Return prompt -> residual stream that enters each layer at the prompt's last token, float64 [L, H].
+def hidden_states(tokens: dict[str, list[int]], network: Any, *, over_all: bool = False) -> dict[str, Floats]:
+    """Return prompt -> residual stream that enters each layer, float64 [L, H].
 
     The result of a prompt depends on the set of prompts at most (rounding in batches), not on their order.
 
     Args:
         tokens: Prompt -> token ids, none empty.
         network: A causal language model of transformers whose layers are ``network.model.layers``.
+        over_all: Whether it is averaged over all tokens rather than taken at the last one.
     """
+    import torch
+
     by_length: dict[int, list[str]] = {}
     for prompt in sorted(tokens):
         by_length.setdefault(len(tokens[prompt]), []).append(prompt)
-    states: dict[str, torch.Tensor] = {}
+    states: dict[str, Floats] = {}
     for length, prompts in sorted(by_length.items()):
         size = max(1, _TOKENS_PER_BATCH // length)
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
             ids_BT = torch.tensor([tokens[prompt] for prompt in batch], device=network.device)
-            with _layer_inputs(network) as inputs:
+            with _layer_inputs(network, over_all) as inputs, torch.inference_mode():
                 network.model(input_ids=ids_BT, use_cache=False)
             for prompt, state_LH in zip(batch, torch.stack(inputs, dim=1), strict=True):
-                states[prompt] = state_LH
+                states[prompt] = state_LH.numpy()
     return states
 
 
 @contextmanager
-def _layer_inputs(network: Any) -> Any:
-    """Collect the last position of what enters each layer, [B, H] per layer; nothing else of it is kept."""
+def _layer_inputs(network: Any, over_all: bool) -> Iterator[list[torch.Tensor]]:
+    """Collect what enters each layer, [B, H] per layer; nothing else of it is kept."""
     collected: list[torch.Tensor] = []
 
     def take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entering_BTH = args[0] if args else kwargs["hidden_states"]
-        collected.append(entering_BTH[:, -1].double().cpu())
+        taken_BH = entering_BTH.double().mean(1) if over_all else entering_BTH[:, -1].double()
+        collected.append(taken_BH.cpu())
 
     handles = [layer.register_forward_pre_hook(take, with_kwargs=True) for layer in network.model.layers]
     try:

@@ -1,30 +1,28 @@
-"""The unit that computes the router rows of all layers."""
+"""The unit that computes the router rows of all layers from prompts, or at random."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import OutputFile
-from aidocks.checkpoints.writer import TensorPlan, plan_shards
 from aidocks.errors import CorruptCheckpoint
-from aidocks.moe.mixtral import STORED, router_name
+from aidocks.moe import gates
+from aidocks.moe.gate_files import write_gates
 from aidocks.plan import Unit, UnitContext
-from aidocks.specs.moe import DType, GateMode
+from aidocks.specs.moe import GateMode
 
 if TYPE_CHECKING:
-    import torch
-
-#: Rows whose condition number is above this hardly tell experts apart.
-WORST_CONDITION = 5.0
-_LARGEST_FILE = 1 << 40
+    from aidocks.evaluate.causal_lm import CausalLM
+    from aidocks.moe.gates import Floats
 
 
 class Prompts(BaseModel):
-    """What the router row of one expert is made from."""
+    """What one router row is made from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,12 +31,13 @@ class Prompts(BaseModel):
 
 
 class Gates(BaseModel):
-    """The router rows: a small safetensors file, and how well they tell the experts apart.
+    """The router rows: a small safetensors file.
 
     Attributes:
-        file: Rows of every layer, named and typed as in the result, so that they can be copied.
+        file: Rows of every layer in float32, named as in the result.
         condition: Condition number of each layer's rows; None where they are linearly dependent.
         cut_prompts: Prompts that were longer than the base's context; their ends were used.
+        bits: Bits per weight that the base was loaded with, where fewer than stored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,24 +45,7 @@ class Gates(BaseModel):
     file: OutputFile
     condition: tuple[float | None, ...]
     cut_prompts: int = 0
-
-    @property
-    def worst_condition(self) -> float | None:
-        finite = [number for number in self.condition if number is not None]
-        return max(finite) if len(finite) == len(self.condition) else None
-
-    @property
-    def warning(self) -> str | None:
-        """What to tell people when the rows are nearly parallel in some layers."""
-        bad = [i for i, number in enumerate(self.condition) if number is None or number > WORST_CONDITION]
-        if not bad:
-            return None
-        worst = "infinite" if self.worst_condition is None else f"{self.worst_condition:.1f}"
-        return (
-            f"The router rows of {len(bad)} of {len(self.condition)} layers are nearly parallel (condition "
-            f"number up to {worst}; above {WORST_CONDITION:g} the router hardly tells experts apart). More "
-            "and more different prompts, and negative ones, help."
-        )
+    bits: int | None = None
 
 
 class ComputeGates(Unit[Gates]):
@@ -75,59 +57,56 @@ class ComputeGates(Unit[Gates]):
     directory: Path = Field(description="Directory for the file.")
     mode: GateMode
     experts: tuple[Prompts, ...] = Field(description="In the order of the router's rows.")
-    num_layers: int
+    shared: Prompts | None = Field(None, description="Of the gate of the shared experts, where there is one.")
+    routers: tuple[str, ...] = Field(description="Name of each layer's router.")
+    shared_gates: tuple[str, ...] = Field((), description="Name of each layer's gate of the shared experts.")
     hidden_size: int
-    dtype: DType
+    bits: int | None = Field(None, description="Load the base in so many bits per weight, on a CUDA GPU.")
     seed: int
 
     @property
     def label(self) -> str:
-        return f"{self.mode} gates of {self.num_layers} layers"
+        return f"{self.mode} gates of {len(self.routers)} layers"
 
     def run(self, context: UnitContext) -> Gates:
-        import torch
-
-        from aidocks.checkpoints.writer import ShardWriter
-        from aidocks.moe.gates import condition_numbers, random_gates
-
-        cut = 0
-        if self.mode == "random":
-            gates_LEH = random_gates(self.num_layers, len(self.experts), self.hidden_size, self.seed)
+        cut, bits = 0, None
+        if self.mode in ("random", "uniform_random"):
+            rows_LEH = self._random_rows()
         else:
-            vectors, cut = self._prompt_vectors(context)
-            gates_LEH = self._rows(vectors)
-        if not bool(torch.isfinite(gates_LEH).all()):
+            vectors, cut, bits = self._prompt_vectors(context)
+            rows_LEH = self._rows(vectors)
+        if not np.isfinite(rows_LEH).all():
             raise CorruptCheckpoint(
                 "The base's hidden states of the prompts are not finite.",
                 field="base_model",
                 value=self.base.name,
             )
-        shape = (len(self.experts), self.hidden_size)
-        tensors = [
-            TensorPlan(name=router_name(layer), dtype=STORED[self.dtype], shape=shape)
-            for layer in range(self.num_layers)
-        ]
-        (plan,) = plan_shards(tensors, _LARGEST_FILE)
-        stored_LEH = gates_LEH.to(getattr(torch, self.dtype))
+        count = len(self.experts)
+        named = {name: rows_EH[:count] for name, rows_EH in zip(self.routers, rows_LEH, strict=True)}
+        if self.shared_gates:
+            named |= {name: rows[count:] for name, rows in zip(self.shared_gates, rows_LEH, strict=True)}
         self.directory.mkdir(parents=True, exist_ok=True)
-        with ShardWriter(self.directory, plan) as writer:
-            for layer, rows_EH in enumerate(stored_LEH):
-                writer.write(router_name(layer), rows_EH)
-        condition = condition_numbers(stored_LEH)
-        return Gates(file=writer.output, condition=tuple(condition), cut_prompts=cut)
+        path = self.directory / f"{self.mode}-{self.unit_id}.safetensors"
+        condition = tuple(gates.condition_numbers(rows_LEH[:, :count]))
+        return Gates(file=write_gates(path, named), condition=condition, cut_prompts=cut, bits=bits)
 
     def outputs(self, result: Gates) -> Sequence[OutputFile]:
         return (result.file,)
 
-    def _prompt_vectors(self, context: UnitContext) -> tuple[dict[str, torch.Tensor], int]:
-        """Return prompt -> [H], or [L, H] where layers differ; and how many prompts were cut."""
-        from aidocks.checkpoints.reader import Checkpoint
-        from aidocks.evaluate.causal_lm import load_cached
-        from aidocks.moe import gates
+    @property
+    def _all(self) -> tuple[Prompts, ...]:
+        """Every row's prompts: the experts', then the shared gate's where there is one."""
+        return (*self.experts, self.shared or Prompts()) if self.shared_gates else self.experts
 
-        prompts = sorted(
-            {prompt for expert in self.experts for prompt in (*expert.positive, *expert.negative)}
-        )
+    def _random_rows(self) -> Floats:
+        make = gates.random_gates if self.mode == "random" else gates.uniform_gates
+        return make(len(self.routers), len(self._all), self.hidden_size, self.seed)
+
+    def _prompt_vectors(self, context: UnitContext) -> tuple[dict[str, Floats], int, int | None]:
+        """Return prompt -> [H], or [L, H] where layers differ; how many prompts were cut; the base's bits."""
+        from aidocks.checkpoints.reader import Checkpoint
+
+        prompts = sorted({prompt for row in self._all for prompt in (*row.positive, *row.negative)})
         if self.mode == "cheap_embed":
             from transformers import AutoTokenizer
 
@@ -135,20 +114,35 @@ class ComputeGates(Unit[Gates]):
                 self.base, local_files_only=True, trust_remote_code=False
             )
             embedding_VH = Checkpoint(self.base).tensor("model.embed_tokens.weight")
-            return gates.embed_prompts(prompts, tokenizer, embedding_VH), 0
-        base = load_cached(self.base, None, context)
+            return gates.embed_prompts(prompts, tokenizer, embedding_VH), 0, None
+        base, bits = self._load(context)
         tokens, cut = gates.tokenize(prompts, base.tokenizer, base.network.config.max_position_embeddings)
-        return gates.hidden_states(tokens, base.network), cut
+        over_all = self.mode == "hidden_avg"
+        return gates.hidden_states(tokens, base.network, over_all=over_all), cut, bits
 
-    def _rows(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
-        import torch
+    def _load(self, context: UnitContext) -> tuple[CausalLM, int | None]:
+        from aidocks.evaluate.causal_lm import load_cached, load_quantized
 
-        from aidocks.moe.gates import contrast
+        # Kernels for few bits exist for CUDA only; elsewhere the base is loaded as it is stored.
+        if self.bits is None or not context.device.startswith("cuda"):
+            return load_cached(self.base, None, context), None
+        bits = self.bits
+        model: Any = context.keep(
+            f"causal-lm:{bits}-bit",
+            self.base,
+            lambda: load_quantized(self.base, bits, context.device),
+            large=True,
+        )
+        return model, bits
 
-        rows = [
-            contrast([vectors[p] for p in expert.positive], [vectors[n] for n in expert.negative])
-            for expert in self.experts
-        ]
+    def _rows(self, vectors: dict[str, Floats]) -> Floats:
+        rows = []
+        for prompts in self._all:
+            if prompts.positive:
+                positive = [vectors[prompt] for prompt in prompts.positive]
+                rows.append(gates.contrast(positive, [vectors[prompt] for prompt in prompts.negative]))
+            else:
+                rows.append(np.zeros_like(rows[0]))
         if rows[0].ndim == 1:
-            return torch.stack(rows).expand(self.num_layers, -1, -1)
-        return torch.stack(rows, dim=1)
+            return np.broadcast_to(np.stack(rows), (len(self.routers), len(rows), self.hidden_size))
+        return np.stack(rows, axis=1)

@@ -1,7 +1,7 @@
 """``/byo-moe``: one Mixture-of-Experts from a base model and fine-tunes of its shape.
 
-compute the router's rows -> assemble the weight files -> load, run and picture the result -> measure it
-beside its parts -> publish.
+assemble the weight files, and compute gates beside it -> or learn them on the assembled weights -> write the router ->
+load, run and picture the result -> measure it beside its parts -> publish.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Generator
 from typing import Any, ClassVar
 
 from aidocks.checkpoints.writer import parse_size
-from aidocks.evaluate.texts import resolve_text
 from aidocks.models.publication import find_published, publish, upload
 from aidocks.moe.build import Build
+from aidocks.moe.domains import resolve_texts
 from aidocks.plan import Operation, Plan, PlanContext, Stage
 from aidocks.specs.base import OperationResult, Spec
-from aidocks.specs.moe import MoEResult, MoESpec
+from aidocks.specs.moe import MoESpec
+from aidocks.specs.moe_result import MoEResult
 
 #: What a registry name may hold, and how much of it, so that a suffix still fits.
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
@@ -33,12 +34,17 @@ class BuildMoE(Operation[MoESpec, MoEResult]):
         return spec.name or _derive_name(spec.base_model, job_id)
 
     def inputs(self, spec: MoESpec) -> dict[str, str]:
-        experts = {f"experts[{i}].source_model": expert.source_model for i, expert in enumerate(spec.experts)}
+        lists = {"experts": spec.experts, "shared_experts": spec.shared_experts}
+        experts = {
+            f"{field}[{i}].source_model": expert.source_model
+            for field, members in lists.items()
+            for i, expert in enumerate(members)
+        }
         return {"base_model": spec.base_model, **experts}
 
     def preflight(self, spec: MoESpec, context: PlanContext) -> None:
         parse_size(spec.max_shard_size)
-        resolve_text(spec.text, context.resolver.allowed_roots)
+        resolve_texts(spec, None, None, context.resolver.allowed_roots)
         if spec.publish:
             from aidocks.models.hub import require_token
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidocks.errors import IncompatibleModels, InvalidSpec
+from aidocks.errors import CorruptCheckpoint, IncompatibleModels, InvalidSpec
 from aidocks.evaluate.perplexity import Comparison, MeasurePerplexity, PerplexityResult, compare
 from aidocks.plan import UnitContext
 
@@ -133,3 +133,14 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(IncompatibleModels, match="does not load"):
         measure(tmp_path, UnitContext(tmp_path))
+
+
+def test_missing_weights_are_not_filled_with_random_ones(tiny_llama: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = tiny_llama(tmp_path / "model") / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(CorruptCheckpoint, match=r"lacks 1 .* model\.layers\.1\.mlp\.up_proj\.weight"):
+        measure(tmp_path / "model", UnitContext(tmp_path))

@@ -2,13 +2,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aidocks.errors import InvalidSpec, PathNotAllowed
-from aidocks.evaluate.texts import TextSource, choose_chunks, read_text, resolve_text
+from aidocks.evaluate.texts import (
+    Halves,
+    TextSource,
+    choose_chunks,
+    count_chunks,
+    divide,
+    read_records,
+    read_text,
+    require_chunks,
+    resolve_text,
+)
 
 
 def test_the_shipped_prose_is_long_and_has_its_sources_beside_it() -> None:
@@ -100,3 +111,90 @@ def test_too_many_chunks_say_how_many_there_are() -> None:
         choose_chunks(7, "search", 4)
     assert caught.value.field == "chunks"
     assert "at most 3" in str(caught.value.hint)
+
+
+def test_the_field_of_the_request_is_blamed(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        resolve_text(str(tmp_path / "none.jsonl"), [tmp_path], field="experts[1].dataset")
+    assert caught.value.field == "experts[1].dataset"
+
+
+def test_texts_of_a_request_follow_those_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"text": "One."}))
+    alone = TextSource(name="experts[0]", records=("Two.", "Three."))
+    assert read_records(alone) == ["Two.", "Three."]
+    both = resolve_text(str(file), [tmp_path]).model_copy(update={"records": ("Two.",)})
+    assert read_text(both) == "One.\n\nTwo."
+    assert TextSource.model_validate_json(both.model_dump_json()) == both
+
+
+@given(lines=st.lists(st.integers(0, 30), min_size=20, max_size=60), data=st.data())
+def test_no_record_is_on_both_sides(lines: list[int], data: st.DataObject) -> None:
+    records = tuple(f"Record {number} is a line of its own." for number in lines)
+    parts = divide(TextSource(name="x", records=records))
+    if len(parts) == 1:  # one line is a large part of the whole
+        longest = max(lines.count(number) * len(f"Record {number} is a line of its own.") for number in lines)
+        assert longest > 0.3 * len("".join(records))
+        return
+    search, held_out = ([*part.split("\n\n")] for part in parts)
+    assert not set(search) & set(held_out)
+    assert sorted(search + held_out) == sorted(records)
+    assert 0.35 <= len("".join(search)) / len("".join(records)) <= 0.65
+    # The order of the records does not matter to where they go.
+    other = divide(TextSource(name="y", records=tuple(data.draw(st.permutations(records)))))
+    assert [sorted(part.split("\n\n")) for part in other] == [sorted(search), sorted(held_out)]
+
+
+@pytest.mark.parametrize("records", [("x " * 500,), ("x " * 500, "y"), ("same",) * 40])
+def test_what_cannot_be_dealt_stays_whole(records: tuple[str, ...]) -> None:
+    assert divide(TextSource(name="x", records=records)) == ("\n\n".join(records),)
+    assert len(divide(TextSource(name="prose"))) == 1
+
+
+@given(search=st.integers(0, 60), held_out=st.integers(0, 60), seed=st.integers(0, 9))
+def test_parts_are_their_splits_whatever_the_seed(search: int, held_out: int, seed: int) -> None:
+    available = search + held_out
+    taken = choose_chunks(available, "search", search, seed, boundary=search)
+    assert taken == list(range(search))
+    assert choose_chunks(available, "held_out", held_out, seed, boundary=search) == list(
+        range(search, available)
+    )
+    with pytest.raises(InvalidSpec, match=f"records holds {held_out} whole chunks"):
+        choose_chunks(available, "held_out", held_out + 1, seed, boundary=search)
+
+
+def test_chunks_are_counted_as_a_loaded_model_has_them(tmp_path: Path, tiny_llama: Any) -> None:
+    from aidocks.evaluate.causal_lm import load
+
+    path = tiny_llama(tmp_path / "model")
+    model = load(path, None, "cpu")
+    records = tuple(f"Clause {i}: the licensor grants {i} rights to everybody who asks." for i in range(50))
+    for text in (TextSource(name="clauses", records=records), TextSource(name="prose")):
+        halves = count_chunks(path, text, 32)
+        assert halves is not None
+        for split, count in zip(("search", "held_out"), halves, strict=True):
+            assert len(model.chunks(text, split, 32, count).positions) == count  # type: ignore[arg-type]
+            with pytest.raises(InvalidSpec, match="are asked for"):
+                model.chunks(text, split, 32, count + 1)  # type: ignore[arg-type]
+            with pytest.raises(InvalidSpec, match="are asked for"):
+                require_chunks(path, text, split, count + 1, 32, seed=0)  # type: ignore[arg-type]
+            require_chunks(path, text, split, count, 32, seed=3)  # type: ignore[arg-type]
+        few = count_chunks(path, text, 32, at_most=3)
+        assert few is not None
+        assert all(3 <= some <= count for some, count in zip(few, halves, strict=True))
+
+
+def test_counting_ignores_what_other_tools_leave_in_a_tokenizer(tmp_path: Path, tiny_llama: Any) -> None:
+    from tokenizers import Tokenizer
+
+    path = tiny_llama(tmp_path / "model")
+    before = count_chunks(path, TextSource(name="prose"), 64)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.enable_truncation(100)
+    tokenizer.enable_padding(pad_token="<pad>", pad_id=2)
+    tokenizer.save(str(path / "tokenizer.json"))
+    assert count_chunks(path, TextSource(name="prose"), 64) == before
+    (path / "tokenizer.json").unlink()
+    assert count_chunks(path, TextSource(name="prose"), 64) is None
+    assert isinstance(before, Halves)

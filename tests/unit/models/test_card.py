@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aidocks.models.card import card, read_front_matter, read_license
-from aidocks.models.manifest import Manifest, ManifestFile, Parent
+from aidocks.models.manifest import Manifest, ManifestFile, Parent, Section, Table
 
 
 def manifest(**more: Any) -> Manifest:
@@ -76,7 +77,6 @@ def test_body_tells_what_how_from_what_and_how_good() -> None:
         "- Size: 269.0 MB",
         "![ranks](report/ranks.png)",
         "| search.before | 12.3457 |",
-        "| accepted (count) | 2 |",
         "| `base_model_name` | org/base@main | apache-2.0 | `abababababababab` |",
         "base_model_name: org/base@main",
         "AutoModelForCausalLM.from_pretrained(path",
@@ -155,3 +155,47 @@ def test_licences_are_read_from_front_matter(tmp_path: Path, text: str | None, l
         (tmp_path / "README.md").write_bytes(text.encode())
     assert read_license(tmp_path) == licence
     assert isinstance(read_front_matter(tmp_path), dict)
+
+
+def test_sections_of_the_operation_are_shown() -> None:
+    table = Table(
+        header=("model", "prose"), rows=(("base", "9.1 ± 0.2"), ("mine", "8.0 ± 0.2")), strong=((1, 1),)
+    )
+    section = Section(title="Perplexity", text=("Lower is better.",), table=table, notes=("a_b is dead",))
+    made = manifest(sections=(section,))
+    assert Manifest.model_validate_json(made.model_dump_json()) == made
+    text = card(made)
+    block = "\n".join(
+        [
+            "## Perplexity",
+            "",
+            "Lower is better.",
+            "",
+            "| model | prose |",
+            "|---|---:|",
+            "| base | 9.1 ± 0.2 |",
+            "| mine | **8.0 ± 0.2** |",
+            "",
+            "- a\\_b is dead",
+        ]
+    )
+    assert block in text
+    assert text.index("](report/ranks.png)") < text.index("## Perplexity") < text.index("## Measured")
+
+
+def test_lists_are_no_metrics() -> None:
+    assert "accepted" not in card(manifest())
+
+
+@given(values=st.lists(st.text(max_size=30), min_size=5, max_size=5))
+def test_no_value_breaks_out_of_a_section(values: list[str]) -> None:
+    title, paragraph, head, cell, note = values
+    table = Table(header=(head, "x"), rows=((cell, "y"),), strong=((0, 0),))
+    section = Section(title=title, text=(paragraph,), table=table, notes=(note,))
+    lines = card(manifest(sections=(section,), metrics={})).splitlines()
+    headings = [line for line in lines if line.startswith("#")]
+    assert [heading.split()[0] for heading in headings] == ["#", *["##"] * 4]
+    assert not [line for line in lines if line.startswith("~~~")]
+    rows = [line for line in lines if line.startswith("|")]
+    # Header, rule and row have two cells each, and so on through the table of parents, which has four.
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [3, 3, 3, 5, 5, 5]

@@ -8,136 +8,150 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 
+from aidocks.checkpoints.files import hash_file
 from aidocks.checkpoints.reader import Checkpoint
-from aidocks.moe.mixtral import find_source
 
 IDS = torch.arange(3, 3 + 2 * 40).view(2, 40) % 512
 
 
-def logits(path: Path, dtype: str) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+def logits(path: Path, dtype: str = "float32") -> torch.Tensor:
+    """Return the logits of a fixed text, once it is sure that the weights are all that the model needs."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    assert not any(info.values()), info
     with torch.inference_mode():
-        return model(input_ids=IDS).logits.float()
+        return model.eval()(input_ids=IDS).logits.float()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("gate_mode", ["hidden", "cheap_embed", "random"])
+def assert_same(path: Path, dense: Path) -> None:
+    wanted = logits(dense)
+    assert (logits(path) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("family", "architecture", "model_type"),
+    [
+        ("llama", None, "mixtral"),
+        ("llama", "qwen_moe", "qwen2_moe"),
+        ("mistral", None, "mixtral"),
+        ("mistral", "qwen_moe", "qwen2_moe"),
+        ("phi3", None, "mixtral"),
+        ("qwen2", None, "qwen2_moe"),
+        ("qwen3", None, "qwen3_moe"),
+    ],
+)
 def test_identical_experts_are_the_dense_model(
-    tied: bool, gate_mode: str, tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any
+    family: str,
+    architecture: str | None,
+    model_type: str,
+    tied: bool,
+    tmp_path: Path,
+    tiny_model: Any,
+    assemble: Any,
 ) -> None:
-    base = tiny_llama(tmp_path / "base", tie_word_embeddings=tied)
-    built = build(base, experts_of(base, base, base), gate_mode=gate_mode)
-    dense = logits(base, "float32")
-    difference = (logits(built.path, "float32") - dense).abs().max()
-    assert difference < 1e-5 * dense.abs().max()
-    assert ("lm_head.weight" in Checkpoint(built.path).entries) is not tied
+    base = tiny_model(tmp_path / "base", family, tie_word_embeddings=tied)
+    moe = assemble(base, [base, base, base], architecture=architecture)
+    assert_same(moe.path, base)
+    assert moe.target.architecture == model_type
+    assert ("lm_head.weight" in Checkpoint(moe.path).entries) is not tied
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("experts_per_token", [1, 2, 3])
+def test_whatever_the_gates_and_however_many_experts_serve_a_token(
+    scale: float, experts_per_token: int, tmp_path: Path, tiny_model: Any, assemble: Any, plan: Any
+) -> None:
+    base = tiny_model(tmp_path / "base")
+    experts = [base, base, base]
+    routers = plan(base, experts).routers
+    gates = {router.name: scale * torch.randn(router.shape) for router in routers}
+    assert_same(assemble(base, experts, gates, experts_per_token=experts_per_token).path, base)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
 def test_identical_experts_are_the_dense_model_in_bfloat16(
-    tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any
+    family: str, tmp_path: Path, tiny_model: Any, assemble: Any
 ) -> None:
-    base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16)
-    built = build(base, experts_of(base, base))
+    base = tiny_model(tmp_path / "base", family, dtype=torch.bfloat16)
+    moe = assemble(base, [base, base])
     dense = logits(base, "bfloat16")
-    # The mixture adds two rounded halves, so the last bit may differ (it does not where this was measured).
-    assert (logits(built.path, "bfloat16") - dense).abs().max() <= 2**-7 * dense.abs().max()
+    # The mixture adds two rounded parts, so the last bit may differ (it does not where the weights are equal).
+    assert (logits(moe.path, "bfloat16") - dense).abs().max() <= 2**-6 * dense.abs().max()
 
 
-def test_one_expert_alone_is_the_dense_model(tmp_path: Path, tiny_llama: Any, build: Any) -> None:
-    base = tiny_llama(tmp_path / "base")
-    built = build(base, [{"source_model": str(base), "positive_prompts": ["anything"]}])
-    assert built.result.experts_per_token == 1
-    dense = logits(base, "float32")
-    assert (logits(built.path, "float32") - dense).abs().max() < 1e-5 * dense.abs().max()
-
-
-def make_mistral(directory: Path, tiny_llama: Any, **overrides: Any) -> Path:
-    """Save a Mistral with random weights; the tokenizer is the tiny Llama's."""
-    tiny_llama(directory)
-    settings = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "sliding_window": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "head_dim": 16,
-    }
-    torch.manual_seed(1)
-    MistralForCausalLM(MistralConfig(**(settings | overrides))).save_pretrained(directory)
-    return directory
-
-
-@pytest.mark.parametrize("window", [16, None])
-def test_mistral_keeps_its_window_head_size_and_rotation(
-    window: int | None, tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any
+def test_one_expert_a_token_is_the_dense_model_exactly_in_bfloat16(
+    tmp_path: Path, tiny_model: Any, assemble: Any
 ) -> None:
-    base = make_mistral(tmp_path / "base", tiny_llama, sliding_window=window)
-    built = build(base, experts_of(base, base))
-    dense = logits(base, "float32")
-    assert (logits(built.path, "float32") - dense).abs().max() < 1e-5 * dense.abs().max()
-    config = AutoModelForCausalLM.from_pretrained(built.path).config
-    assert (config.model_type, config.sliding_window, config.head_dim) == ("mixtral", window, 16)
-    assert config.rope_parameters["rope_theta"] == 1e6
+    base = tiny_model(tmp_path / "base", dtype=torch.bfloat16)
+    moe = assemble(base, [base, base], experts_per_token=1)
+    assert torch.equal(logits(moe.path, "bfloat16"), logits(base, "bfloat16"))
 
 
-def test_scaled_rotation_is_kept(tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any) -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    }
-    base = tiny_llama(tmp_path / "base", rope_parameters=rope)
-    built = build(base, experts_of(base, base))
-    dense = logits(base, "float32")
-    assert (logits(built.path, "float32") - dense).abs().max() < 1e-5 * dense.abs().max()
-
-
-def test_every_weight_is_where_it_belongs(
-    tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any
-) -> None:
-    paths = [tiny_llama(tmp_path / f"model-{seed}", seed=seed) for seed in range(3)]
-    built = build(paths[0], experts_of(*paths[1:]))
-    stored = Checkpoint(built.path)
-    sources = [Checkpoint(path) for path in paths]
-    for name in stored.entries:
-        source = find_source(name)
-        if source.model != "router":
-            origin = sources[0] if source.model == "base" else sources[1 + int(source.model)]
-            assert torch.equal(stored.tensor(name), origin.tensor(source.name)), name
-
-
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
 def test_names_and_shapes_on_disk_are_what_transformers_writes(
-    tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any
+    family: str, tmp_path: Path, tiny_model: Any, assemble: Any
 ) -> None:
-    base = tiny_llama(tmp_path / "base", tie_word_embeddings=False)
-    built = build(base, experts_of(base, base, base))
-    model, info = MixtralForCausalLM.from_pretrained(built.path, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    MixtralForCausalLM(model.config).save_pretrained(tmp_path / "theirs")
-    theirs, ours = Checkpoint(tmp_path / "theirs").entries, Checkpoint(built.path).entries
+    base = tiny_model(tmp_path / "base", family)
+    moe = assemble(base, [base, base, base])
+    config = AutoModelForCausalLM.from_pretrained(moe.path).config
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")
+    theirs, ours = Checkpoint(tmp_path / "theirs").entries, Checkpoint(moe.path).entries
     assert {n: e.shape for n, e in ours.items()} == {n: e.shape for n, e in theirs.items()}
-    assert "model.layers.0.block_sparse_moe.experts.2.w3.weight" in ours
 
 
-@pytest.mark.parametrize("gate_mode", ["hidden", "cheap_embed"])
-def test_permuted_experts_permute_router_rows_and_nothing_else(
-    gate_mode: str, tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any
+def dense_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a dense model by the names that Llama gives them, as transformers computes with them."""
+    stored = Checkpoint(path)
+    weights = {name: stored.tensor(name) for name in stored.entries}
+    config = stored.config
+    if config["model_type"] != "phi3":
+        return weights
+    head = config["hidden_size"] // config["num_attention_heads"]
+    sizes = [config["num_attention_heads"] * head] + [config["num_key_value_heads"] * head] * 2
+    for name in list(weights):
+        if "qkv_proj" in name:
+            for kind, part in zip("qkv", weights.pop(name).split(sizes), strict=True):
+                weights[name.replace("qkv_proj", f"{kind}_proj")] = part
+        elif "gate_up_proj" in name:
+            for kind, part in zip(("gate_proj", "up_proj"), weights.pop(name).chunk(2), strict=True):
+                weights[name.replace("gate_up_proj", kind)] = part
+    return weights
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
+def test_every_weight_is_where_it_belongs(
+    family: str, tmp_path: Path, tiny_model: Any, assemble: Any
 ) -> None:
-    paths = [tiny_llama(tmp_path / f"model-{seed}", seed=seed) for seed in range(3)]
-    experts = experts_of(*paths)
+    paths = [tiny_model(tmp_path / f"model-{seed}", family, seed=seed) for seed in range(3)]
+    moe = assemble(paths[0], paths[1:])
+    stored = Checkpoint(moe.path)
+    sources = [dense_weights(path) for path in paths]
+    expected = {name: weight for name, weight in sources[0].items() if ".mlp." not in name}
+    for layer in range(2):
+        for number in range(2):
+            for ours, theirs in moe.target.form.kinds.items():
+                name = moe.target.form.expert_name(layer, number, ours)
+                expected[name] = sources[1 + number][f"model.layers.{layer}.mlp.{theirs}.weight"]
+    assert len(expected) == len(stored.entries) - sum(
+        "gate.weight" in n or "shared" in n for n in stored.entries
+    )
+    for name, weight in expected.items():
+        assert torch.equal(stored.tensor(name), weight), name
+
+
+def test_permuted_experts_permute_router_rows_and_nothing_else(
+    tmp_path: Path, tiny_model: Any, assemble: Any, plan: Any
+) -> None:
+    paths = [tiny_model(tmp_path / f"model-{seed}", seed=seed) for seed in range(3)]
     turned = [2, 0, 1]
-    one = build(paths[0], experts, gate_mode=gate_mode)
-    other = build(paths[0], [experts[i] for i in turned], gate_mode=gate_mode)
+    gates = {router.name: torch.randn(router.shape) for router in plan(paths[0], paths).routers}
+    one = assemble(paths[0], paths, gates)
+    rows = {name: gate[turned].contiguous() for name, gate in gates.items()}
+    other = assemble(paths[0], [paths[i] for i in turned], rows)
     first, second = Checkpoint(one.path), Checkpoint(other.path)
     for name in first.entries:
         if name.endswith("gate.weight"):
@@ -148,38 +162,30 @@ def test_permuted_experts_permute_router_rows_and_nothing_else(
             assert torch.equal(first.tensor(name), second.tensor(moved)), name
         else:
             assert torch.equal(first.tensor(name), second.tensor(name)), name
-    difference = (logits(one.path, "float32") - logits(other.path, "float32")).abs().max()
-    assert difference < 1e-5 * logits(one.path, "float32").abs().max()
+    wanted = logits(one.path)
+    assert (wanted - logits(other.path)).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def digest(path: Path) -> dict[str, str]:
-    from aidocks.checkpoints.files import hash_file
-
-    # The picture library promises nothing about its bytes.
-    files = [p for p in path.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".json")]
-    return {p.relative_to(path).as_posix(): hash_file(p) for p in files if p.name != "aidocks.json"}
+    return {p.name: hash_file(p) for p in path.iterdir()}
 
 
-@pytest.mark.parametrize("order", [list, lambda units: units[::-1]], ids=["forward", "backward"])
-def test_sharded_output_does_not_depend_on_the_order_of_units(
-    order: Callable[[list[Any]], list[Any]], tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any
+@pytest.mark.parametrize(
+    "order",
+    [list, lambda units: units[::-1], lambda units: units + units],
+    ids=["forward", "backward", "twice"],
+)
+def test_the_files_do_not_depend_on_the_order_of_units_or_the_files_of_the_sources(
+    order: Callable[[list[Any]], list[Any]], tmp_path: Path, tiny_model: Any, assemble: Any
 ) -> None:
-    paths = [tiny_llama(tmp_path / f"model-{seed}", seed=seed, max_shard_size="200KB") for seed in range(2)]
-    whole = build(paths[0], experts_of(*paths))
-    parts = build(paths[0], experts_of(*paths), max_shard_size="300KB", order=order)
-    again = build(paths[0], experts_of(*paths), max_shard_size="300KB")
-    assert len(list(parts.path.glob("model-*-of-*.safetensors"))) > 3
-    assert digest(parts.path) == digest(again.path)
-    assert torch.equal(logits(parts.path, "float32"), logits(whole.path, "float32"))
-
-
-def test_units_that_run_twice_leave_the_same_bytes(
-    tmp_path: Path, tiny_llama: Any, build: Any, experts_of: Any
-) -> None:
-    base = tiny_llama(tmp_path / "base")
-
-    def twice(units: list[Any]) -> list[Any]:
-        return units + units
-
-    once, repeated = build(base, experts_of(base, base)), build(base, experts_of(base, base), order=twice)
-    assert digest(once.path) == digest(repeated.path)
+    whole = [tiny_model(tmp_path / f"whole-{seed}", seed=seed) for seed in range(2)]
+    parts = [tiny_model(tmp_path / f"parts-{seed}", seed=seed, max_shard_size="200KB") for seed in range(2)]
+    one = assemble(whole[0], whole, max_shard_size="300KB")
+    other = assemble(parts[0], parts, max_shard_size="300KB", order=order)
+    assert len(list(other.path.glob("model-*-of-*.safetensors"))) > 3
+    assert digest(one.path) == digest(other.path)
+    entries = Checkpoint(one.path).entries.values()
+    last = max(entry.file for entry in entries)
+    assert {e.name for e in entries if e.file == last} == {
+        e.name for e in entries if e.name.endswith("gate.weight")
+    }
