@@ -104,9 +104,6 @@ class Unit(BaseModel, ABC, Generic[UnitResultT]):
     result_type: ClassVar[type[BaseModel]]
     #: Raise when the meaning of the same fields changes, so that old journal entries no longer match.
     version: ClassVar[int] = 1
-    #: False for what only moves bytes (copies, hashes, small files): it needs no device and nothing of the worker's
-    #: cache, and in a single process it runs beside another unit.
-    computes: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -117,6 +114,15 @@ class Unit(BaseModel, ABC, Generic[UnitResultT]):
     def weight(self) -> float:
         """Share of the stage's work, in any unit that is the same across the stage (bytes, tokens, flops)."""
         return 1.0
+
+    @property
+    def computes(self) -> bool:
+        """Whether it needs a worker to itself, with its device and cache.
+
+        What only moves bytes (copies, hashes, small files) does not: in a single process it runs beside other units,
+        with the CPU for a device, so that torch need not be imported to find a better one.
+        """
+        return True
 
     @property
     def unit_id(self) -> str:

@@ -1,66 +1,68 @@
-"""Writing the weights of an MoE of two experts beside the bare copy (with sync) of as many bytes."""
+"""Writing the weights of an MoE of two experts, hashed and durable, beside `cp` of the bytes, with sync and without."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
+from aidocks.checkpoints.reader import Checkpoint
+from aidocks.moe.assemble import AssembleShard, assembly_units
+from aidocks.moe.dense import Member
+from aidocks.moe.target import plan_target
+from aidocks.plan import UnitContext
+from aidocks.specs.moe import MoESpec
 from benchmarks.comparison import Comparison, in_turns
 from benchmarks.small_model import smollm2
 
 
 def run() -> list[Comparison]:
     with smollm2() as (scratch, model):
-        reference = scratch / "reference.bin"
-        size = _assemble(scratch, model)
-        with reference.open("wb") as file:
-            file.write(os.urandom(1 << 20) * (size >> 20))
-        ours, other = in_turns(
-            lambda: _ignore(_assemble(scratch, model)), lambda: _copy(reference, scratch / "copy.bin"), runs=7
-        )
-    facts = {"MB": round(size / 1e6), "sha256 of the output": "included in ours"}
-    return [Comparison("MoE assembly, 2 experts", ours, other, "copy + fsync of the bytes", facts=facts)]
+        staged, reference = scratch / "staged", scratch / "reference"
+        assemble(staged, model)
+        size = sum(path.stat().st_size for path in staged.iterdir())
+        staged.rename(reference)
+        results = []
+        for other, is_synced in (("cp", False), ("cp and sync", True)):
+            ours, theirs = in_turns(
+                lambda: assemble(staged, model),
+                lambda sync=is_synced: copy(reference, scratch / "copy", sync=sync),
+                runs=7,
+            )
+            facts = {"MB": round(size / 1e6), "ours": "with SHA-256 of the output, durable"}
+            results.append(Comparison("MoE assembly, 2 experts", ours, theirs, other, facts=facts))
+    return results
 
 
-def _assemble(scratch: Path, model: Path) -> int:
-    from safetensors.torch import save_file
-
-    from aidocks.checkpoints.files import OutputFile
-    from aidocks.checkpoints.reader import Checkpoint
-    from aidocks.checkpoints.writer import plan_shards
-    from aidocks.moe.assemble import AssembleShard
-    from aidocks.moe.dense import Member, read_dense
-    from aidocks.moe.mixtral import plan_tensors, router_name
-    from aidocks.plan import UnitContext
-
-    config = read_dense(Member("base_model", "smollm2", Checkpoint(model)))
-    router = scratch / "router.safetensors"
-    if not router.exists():
-        import torch
-
-        rows = torch.zeros(2, config.hidden_size, dtype=torch.bfloat16)
-        save_file({router_name(layer): rows.clone() for layer in range(config.num_hidden_layers)}, router)
-    (shard,) = plan_shards(plan_tensors(config, 2, "bfloat16"), 5_000_000_000)
-    staged = scratch / "staged"
+def assemble(staged: Path, *models: Path) -> None:
+    """Write the weight files of a Mixtral, without routers."""
     shutil.rmtree(staged, ignore_errors=True)
-    unit = AssembleShard(
-        base=model,
-        experts=(model, model),
-        router=OutputFile(path=router, bytes=0, sha256=""),
-        directory=staged,
-        shard=shard,
-    )
-    unit.run(UnitContext(scratch))
-    return shard.nbytes
+    for unit in assembly_of(staged, *models):
+        unit.run(UnitContext(staged))
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
+def assembly_of(staged: Path, *models: Path, shard_bytes: int = 5_000_000_000) -> list[AssembleShard]:
+    """Return the units that write the weight files of a Mixtral of some models; one model is taken twice."""
+    experts = models * 2 if len(models) == 1 else models
+    sources = [{"source_model": str(path)} for path in experts]
+    spec = MoESpec.model_validate({"base_model": str(models[0]), "gate_mode": "random", "experts": sources})
+    opened = {path: Checkpoint(path) for path in models}
+    base, *members = [
+        Member(f"member {number}", path.name, opened[path])
+        for number, path in enumerate((models[0], *experts))
+    ]
+    target = plan_target(spec, base, members)
+    units = assembly_units(target, target.plan_files(shard_bytes), staged)
+    return [unit for unit in units if isinstance(unit, AssembleShard)]
 
 
-def _ignore(_: object) -> None:
-    return None
+def copy(source: Path, target: Path, *, sync: bool) -> None:
+    """Copy a directory of files with ``cp``, and bring the copies to the disk if asked to."""
+    shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["cp", "-r", source, target], check=True)
+    if sync:
+        for path in target.iterdir():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 Timed = Callable[[], float | None]
-Facts = dict[str, str | float | int]
+Facts = Mapping[str, str | float | int]
 
 # A process of its own, since the largest resident set that the system reports of a program includes that of the
 # process which it was started from. It measures the largest of the program's processes.

@@ -29,7 +29,13 @@ def write_request(path: Path, base: Path, experts: Sequence[Path], gate_mode: st
     sources = [{"source_model": str(expert)} for expert in experts]
     if prompts is not None:
         sources = [source | {"positive_prompts": list(p)} for source, p in zip(sources, prompts, strict=True)]
-    request = {"base_model": str(base), "gate_mode": gate_mode, "dtype": "bfloat16", "experts": sources, **fields}
+    request = {
+        "base_model": str(base),
+        "gate_mode": gate_mode,
+        "dtype": "bfloat16",
+        "experts": sources,
+        **fields,
+    }
     path.write_text(json.dumps(request, indent=1))  # which is YAML, too
     return path
 
@@ -48,7 +54,10 @@ def run_ours(request: Path, home: Path, *, fresh: bool = True) -> Usage:
     return run_process(
         [sys.executable, "-m", "aidocks", "byo-moe", request, "--local", "--no-evaluate", "--name", NAME],
         home / "benchmark.log",
-        {"AIDOCKS_HOME": home, "AIDOCKS_ALLOWED_ROOTS": ":".join({str(Path(path).parent) for path in models})},
+        {
+            "AIDOCKS_HOME": home,
+            "AIDOCKS_ALLOWED_ROOTS": ":".join({str(Path(path).parent) for path in models}),
+        },
     )
 
 
@@ -61,6 +70,11 @@ def run_peer(request: Path, target: Path) -> Usage:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     return run_process(
-        [peer("mergekit-moe"), request, target / "model", "--i-understand-this-is-not-useful-without-training"],
+        [
+            peer("mergekit-moe"),
+            request,
+            target / "model",
+            "--i-understand-this-is-not-useful-without-training",
+        ],
         target / "benchmark.log",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 PROMPTS = (
     ("What is the capital of France?", "Tell me about yourself.", "Could you explain what a comet is?"),
     ("def fibonacci(n):", "import os\nfrom pathlib import Path", "class Stack:\n    def push(self, item):"),
-    ("How many apples are left?", "Question: A train travels 60 miles in 1.5 hours.", "12 * 7 = 84, so the answer is"),
-    ("Once upon a time there was a king", "The little mermaid looked up at the stars", "said Alice, very much surprised."),
+    ("How many apples are left?", "A train travels 60 miles in 1.5 hours.", "12 * 7 = 84, so the answer is"),
+    ("Once upon a time there was a king", "The mermaid looked up at the stars", "said Alice, very much surprised."),
 )  # fmt: skip
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.(?:\w+\.)*gate\.weight")
 
@@ -30,9 +29,7 @@ def run() -> list[Comparison]:
     base, experts = smol_experts()
     with tempfile.TemporaryDirectory(prefix="moe-gates-", dir=scratch_dir()) as place:
         scratch = Path(place)
-        request = write_request(
-            scratch / "request.yaml", base, [base, *experts], "hidden", prompts=PROMPTS
-        )
+        request = write_request(scratch / "request.yaml", base, [base, *experts], "hidden", prompts=PROMPTS)
         results = compare_processes(
             "byo-moe, 4 experts of 135M, hidden gates",
             lambda: run_ours(request, scratch / "home"),
@@ -51,12 +48,12 @@ def read_routers(model: Path) -> dict[int, torch.Tensor]:
     """Return layer -> router [experts, hidden] in float64, from the weight files of a Mixtral."""
     from safetensors import safe_open
 
-    index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
     routers = {}
-    for name, file in index.items():
-        if match := _ROUTER.fullmatch(name):
-            with safe_open(model / file, "pt") as weights:
-                routers[int(match[1])] = weights.get_tensor(name).double()
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a mapping
+                if match := _ROUTER.fullmatch(name):
+                    routers[int(match[1])] = weights.get_tensor(name).double()
     return routers
 
 

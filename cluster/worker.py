@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from aidocks.executor import Outcome, let_threads_sleep
+from aidocks.executor import Outcome, let_threads_sleep, run_unit
 from aidocks.plan import Unit, UnitContext, WorkerCache
 
 
@@ -41,6 +40,4 @@ class Worker:
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(self._threads)
         context = UnitContext(workspace, self._device, self._threads, self._cache)
-        begin = time.perf_counter()
-        result = unit.run(context)
-        return Outcome(result, time.perf_counter() - begin, self._name)
+        return run_unit(unit, context, self._name)

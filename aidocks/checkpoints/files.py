@@ -20,7 +20,8 @@ from aidocks.errors import CorruptCheckpoint, InsufficientDisk
 
 #: In the name of every file that is not complete yet.
 UNFINISHED = ".tmp-"
-_CHUNK_BYTES = 1 << 20
+# Large, because between two chunks a thread waits for its turn while others run Python.
+_CHUNK_BYTES = 4 << 20
 _CANNOT_PREALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,9 @@ _FILE = "file-hashes.json"
 # A file changed within this time might change again within the clock's granularity, unseen.
 _SETTLED_NS = 2_000_000_000
 _MAX_KEPT = 10_000
+# Of this process: the files that are being read, and the writing of the store.
+_in_hand: dict[str, threading.Lock] = {}
+_keeping = threading.Lock()
 
 
 class FileHashes:
@@ -34,11 +38,23 @@ class FileHashes:
         """Return file name -> SHA-256, reading only what has changed since it was last asked for."""
         known = self._load()
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            results = list(pool.map(lambda path: _hash_unless_known(path, known), paths))
-        fresh = {key: row for _, key, row in results if row is not None}
-        if fresh:
-            self._keep(fresh)
-        return {path.name: digest for path, (digest, _, _) in zip(paths, results, strict=True)}
+            digests = list(pool.map(lambda path: self._hash_unless_known(path, known), paths))
+        return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+
+    def compute_ahead(self, paths: Sequence[Path]) -> None:
+        """Begin to compute the hashes of files in a thread, for whoever asks for them later.
+
+        One after another, so that the other cores stay free; the thread ends with the process. Whoever asks for
+        the file at hand waits for it rather than read it, too.
+        """
+
+        def work() -> None:
+            known = self._load()
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    self._hash_unless_known(path, known)
+
+        threading.Thread(target=work, name="aidocks-hash-ahead", daemon=True).start()
 
     def remember(self, digests: Mapping[Path, str]) -> None:
         """Note hashes that are known from writing the files, which nobody will change."""
@@ -51,13 +67,28 @@ class FileHashes:
                 return rows
         return {}
 
+    def _hash_unless_known(self, path: Path, known: Mapping[str, Any]) -> str:
+        key = _key(path)
+        digest = _look_up(known, key, _stamp(path))
+        if digest is not None:
+            return digest
+        with _in_hand.setdefault(key, threading.Lock()):
+            stamp = _stamp(path)
+            digest = _look_up(self._load(), key, stamp)
+            if digest is None:
+                digest = hash_file(path)
+                if stamp == _stamp(path) and time.time_ns() - stamp[1] > _SETTLED_NS:
+                    self._keep({key: [*stamp, digest]})
+        return digest
+
     def _keep(self, rows: Mapping[str, list[Any]]) -> None:
         # Two processes may overwrite each other's rows; what is lost is computed again.
-        merged = {**self._load(), **rows}
-        if len(merged) > _MAX_KEPT:
-            merged = {key: row for key, row in merged.items() if os.path.exists(key)}
-        with contextlib.suppress(OSError):
-            write_text(self._store, json.dumps(merged))
+        with _keeping:
+            merged = {**self._load(), **rows}
+            if len(merged) > _MAX_KEPT:
+                merged = {key: row for key, row in merged.items() if os.path.exists(key)}
+            with contextlib.suppress(OSError):
+                write_text(self._store, json.dumps(merged))
 
 
 def combine_hashes(digests: Mapping[str, str]) -> str:
@@ -66,14 +97,9 @@ def combine_hashes(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _hash_unless_known(path: Path, known: Mapping[str, Any]) -> tuple[str, str, list[Any] | None]:
-    key, stamp = _key(path), _stamp(path)
+def _look_up(known: Mapping[str, Any], key: str, stamp: list[int]) -> str | None:
     row = known.get(key)
-    if isinstance(row, list) and row[:2] == stamp and len(row) == 3:
-        return str(row[2]), key, None
-    digest = hash_file(path)
-    settled = stamp == _stamp(path) and time.time_ns() - stamp[1] > _SETTLED_NS
-    return digest, key, [*stamp, digest] if settled else None
+    return str(row[2]) if isinstance(row, list) and len(row) == 3 and row[:2] == stamp else None
 
 
 def _key(path: Path) -> str:

@@ -57,26 +57,43 @@ class ShardPlan(BaseModel):
 
 
 def plan_shards(tensors: Sequence[TensorPlan], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
-    """Divide tensors, in the order given, over files of at most ``max_shard_bytes``.
+    """Divide tensors, in the order given, over as few files of at most ``max_shard_bytes`` as can hold them.
 
-    A tensor that is larger than that has a file of its own. File names are those of transformers.
+    The files are about equally large, since each is one worker's work. A tensor that is larger than the limit has a
+    file of its own. File names are those of transformers.
     """
     assert tensors, "a checkpoint has tensors"
     assert len({tensor.name for tensor in tensors}) == len(tensors), "every tensor is planned once"
-    groups: list[list[TensorPlan]] = [[]]
-    room = max_shard_bytes
-    for tensor in tensors:
-        if groups[-1] and tensor.nbytes > room:
-            groups.append([])
-            room = max_shard_bytes
-        groups[-1].append(tensor)
-        room -= tensor.nbytes
+    sizes = [tensor.nbytes for tensor in tensors]
+    groups = _divide(sizes, max_shard_bytes)
+    too_small, enough = 0, max_shard_bytes
+    while enough - too_small > max_shard_bytes // 256 + 1:
+        limit = (too_small + enough) // 2
+        fewer = _divide(sizes, limit)
+        if len(fewer) == len(groups):
+            groups, enough = fewer, limit
+        else:
+            too_small = limit
     if len(groups) == 1:
-        return (ShardPlan(file_name=SINGLE_FILE, tensors=tuple(groups[0])),)
+        return (ShardPlan(file_name=SINGLE_FILE, tensors=tuple(tensors)),)
     return tuple(
-        ShardPlan(file_name=f"model-{number:05d}-of-{len(groups):05d}.safetensors", tensors=tuple(group))
+        ShardPlan(
+            file_name=f"model-{number:05d}-of-{len(groups):05d}.safetensors",
+            tensors=tuple(tensors[group.start : group.stop]),
+        )
         for number, group in enumerate(groups, 1)
     )
+
+
+def _divide(sizes: Sequence[int], limit: int) -> list[range]:
+    """Divide sizes into runs, each as long as its sum stays within ``limit``; one that is larger stands alone."""
+    groups, first, room = [], 0, limit
+    for position, size in enumerate(sizes):
+        if position > first and size > room:
+            groups.append(range(first, position))
+            first, room = position, limit
+        room -= size
+    return [*groups, range(first, len(sizes))]
 
 
 class ShardWriter:

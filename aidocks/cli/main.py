@@ -75,4 +75,7 @@ def main() -> NoReturn:
     except Exception as error:  # noqa: BLE001 - the last place where anything can be said
         report_unexpected(error)
         sys.exit(1)
+    finally:
+        # The exit would look through all of it, which takes longer than a short command.
+        gc.freeze()
     sys.exit(0)

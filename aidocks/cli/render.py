@@ -2,7 +2,7 @@
 
 Rules: ``x`` with a sibling ``x_standard_error`` (or followed by ``standard_error``) reads ``x ± se``; names
 tell units (``seconds``, ``_s``, ``bytes``, ``_at``); an object is one line of its facts; a list of objects
-is a table.
+is a table. In a row of a table, numbers by name are columns of these names, and so are objects of a name and a number.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None, limit:
     from rich.table import Table
     from rich.text import Text
 
+    rows = [_spread(row) for row in rows]
     names = list(dict.fromkeys(name for row in rows for name, _ in _facts(row)))
     table = Table(
         title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False
@@ -69,7 +70,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None, limit:
             _words(name),
             justify="right" if numeric else "left",
             overflow="fold",
-            no_wrap=numeric or (number == 0 and longest <= _ID_WIDTH),
+            no_wrap=numeric or longest <= _ID_WIDTH // 2 or (number == 0 and longest <= _ID_WIDTH),
         )
     for row in rows[:limit]:
         cells = dict(_facts(row))
@@ -78,6 +79,21 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None, limit:
         table.caption = f"and {len(rows) - limit} more (--json shows all)"
         table.caption_justify = "left"
     return table
+
+
+def _spread(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with what is measured of several things as a column for each of them."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping) and value and all(isinstance(n, int | float) for n in value.values()):
+            flat |= value
+        elif _is_list_of_objects(value) and all(isinstance(next(iter(item.values())), str) for item in value):
+            for item in value:
+                (_, title), *facts = _facts(item)
+                flat |= {title: facts[0][1]} if facts else {}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _facts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -130,13 +130,14 @@ def _cpu_has_bfloat16() -> bool:
     return any(probe is not None and bool(probe()) for probe in (capability, amx))
 
 
-def load(path: Path, dtype: str | None, device: str) -> CausalLM:
+def load(path: Path, dtype: str | None, device: str, tokenizer: Path | None = None) -> CausalLM:
     """Load a checkpoint for measuring.
 
     Args:
         path: Checkpoint directory in Hugging Face layout, safetensors only; no code of it is run.
         dtype: Name of a floating-point type, or None for :func:`evaluation_dtype`.
         device: Torch device.
+        tokenizer: Checkpoint directory whose tokenizer reads texts; None for the model's own.
 
     Raises:
         IncompatibleModels: When transformers cannot load it as a causal language model.
@@ -152,7 +153,7 @@ def load(path: Path, dtype: str | None, device: str) -> CausalLM:
         network, loading = AutoModelForCausalLM.from_pretrained(
             path, dtype=chosen, use_safetensors=True, output_loading_info=True, **closed
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, **closed)
+        reader = AutoTokenizer.from_pretrained(tokenizer or path, **closed)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise IncompatibleModels(
             f"{path.name} does not load as a causal language model: {error}", value=path.name
@@ -163,7 +164,7 @@ def load(path: Path, dtype: str | None, device: str) -> CausalLM:
             f"{path.name} lacks {len(missing)} of its model's weights, the first of them {missing[0]}.",
             value=path.name,
         )
-    return CausalLM(path, network.eval().to(device), tokenizer, tuple(sorted(loading["unexpected_keys"])))
+    return CausalLM(path, network.eval().to(device), reader, tuple(sorted(loading["unexpected_keys"])))
 
 
 def load_quantized(path: Path, bits: int, device: str) -> CausalLM:
@@ -198,8 +199,11 @@ def load_quantized(path: Path, bits: int, device: str) -> CausalLM:
     return CausalLM(path, network.eval(), tokenizer)
 
 
-def load_cached(path: Path, dtype: str | None, context: UnitContext) -> CausalLM:
-    """Return the model from the worker's cache, loading it at most once."""
-    make: Callable[[], CausalLM] = lambda: load(path, dtype, context.device)  # noqa: E731
-    model: CausalLM = context.keep(f"causal-lm:{dtype}", path, make, large=True)
+def load_cached(
+    path: Path, dtype: str | None, context: UnitContext, tokenizer: Path | None = None
+) -> CausalLM:
+    """Return the model from the worker's cache, loading it at most once. Arguments as for :func:`load`."""
+    other = tokenizer if tokenizer != path else None
+    make: Callable[[], CausalLM] = lambda: load(path, dtype, context.device, other)  # noqa: E731
+    model: CausalLM = context.keep(f"causal-lm:{dtype}:{other}", path, make, large=True)
     return model

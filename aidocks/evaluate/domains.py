@@ -49,6 +49,11 @@ class MeasureDomains(Unit[DomainResults]):
     dtype: str | None = Field(
         None, description="Computation type; None lets the worker choose what it does well."
     )
+    tokenizer: Path | None = Field(
+        None,
+        description="Checkpoint directory whose tokenizer reads the texts: models with further tokens of their own "
+        "are compared on equal ones. None for the first model's.",
+    )
     subject: str = Field("", description="What is measured, for people.")
 
     @property
@@ -74,26 +79,27 @@ class MeasureDomains(Unit[DomainResults]):
         from aidocks.evaluate.causal_lm import load_cached
 
         if len(self.models) == 1:
-            return load_cached(self.models[0], self.dtype, context)
+            return load_cached(self.models[0], self.dtype, context, self.tokenizer)
         states = ":".join(f"{path}:{state_of(path)}" for path in self.models)
         model: CausalLM = context.cache.get(
-            f"average:{self.dtype}:{context.device}:{states}",
-            lambda: load_average(self.models, self.dtype, context.device),
+            f"average:{self.dtype}:{self.tokenizer}:{context.device}:{states}",
+            lambda: load_average(self.models, self.dtype, context.device, self.tokenizer),
             large=True,
         )
         return model
 
 
-def load_average(paths: Sequence[Path], dtype: str | None, device: str) -> CausalLM:
+def load_average(
+    paths: Sequence[Path], dtype: str | None, device: str, tokenizer: Path | None = None
+) -> CausalLM:
     """Load the plain average of several models of one form; a model that is named twice counts twice.
 
     Of a vocabulary that some of them extend, each row is the average of the models that have it, up to the
     rows of the first.
 
     Args:
-        paths: Checkpoint directories. The first gives configuration and tokenizer.
-        dtype: As for :func:`aidocks.evaluate.causal_lm.load`.
-        device: Torch device.
+        paths: Checkpoint directories. The first gives the configuration.
+        dtype, device, tokenizer: As for :func:`aidocks.evaluate.causal_lm.load`.
 
     Raises:
         IncompatibleModels: Naming the tensor that one lacks, or that has another shape or is tied differently.
@@ -104,7 +110,7 @@ def load_average(paths: Sequence[Path], dtype: str | None, device: str) -> Causa
     from aidocks.checkpoints.reader import Checkpoint
     from aidocks.evaluate.causal_lm import load
 
-    model = load(paths[0], dtype, device)
+    model = load(paths[0], dtype, device, tokenizer)
     checkpoints = [Checkpoint(path) for path in paths]
     network = model.network
     embeddings = {id(part.weight) for part in _embeddings(network)}

@@ -46,6 +46,10 @@ class TextSource(BaseModel):
         return {"name": given} if isinstance(given, str) else given
 
 
+#: Name of the domain that no expert is for.
+COMMON = "text"
+
+
 class Domain(BaseModel):
     """One text of an evaluation, and how much of it is taken."""
 

@@ -28,7 +28,6 @@ class DescribeParent(Unit[Parent]):
     cache_dir: Path = Field(description="Where hashes of large files are kept.")
 
     result_type: ClassVar[type[BaseModel]] = Parent
-    computes: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -37,6 +36,10 @@ class DescribeParent(Unit[Parent]):
     @property
     def weight(self) -> float:
         return float(sum(path.stat().st_size for path in self.directory.glob("*.safetensors")))
+
+    @property
+    def computes(self) -> bool:
+        return False
 
     def run(self, context: UnitContext) -> Parent:
         from aidocks.checkpoints.reader import Checkpoint

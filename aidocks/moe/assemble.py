@@ -46,6 +46,10 @@ class AssembleShard(WritingUnit):
         return self.shard.file_name
 
     @property
+    def computes(self) -> bool:
+        return False
+
+    @property
     def weight(self) -> float:
         return float(self.shard.nbytes)
 
@@ -77,6 +81,10 @@ class WriteRouter(WritingUnit):
     @property
     def label(self) -> str:
         return f"{self.shard.file_name} (router)"
+
+    @property
+    def computes(self) -> bool:
+        return False
 
     @property
     def weight(self) -> float:
@@ -143,6 +151,10 @@ class WriteBesideWeights(WritingUnit):
     @property
     def label(self) -> str:
         return "configuration and tokenizer"
+
+    @property
+    def computes(self) -> bool:
+        return False
 
     def run(self, context: UnitContext) -> WrittenFiles:
         texts = {"config.json": _dump(self.config)}

@@ -16,7 +16,7 @@ from aidocks.models.parents import describe_members, parent_units
 from aidocks.models.publication import Staged
 from aidocks.moe.assemble import WriteRouter, assembly_units
 from aidocks.moe.check import CheckMoE, Routing
-from aidocks.moe.dense import Member, stored_dtype
+from aidocks.moe.dense import Member, read_dense, stored_dtype
 from aidocks.moe.domains import resolve_texts
 from aidocks.moe.gate_stages import Learned, Learner
 from aidocks.moe.gating import ComputeGates, Gates, Prompts
@@ -78,6 +78,11 @@ class Build:
         """Yield the stages; return the result of what is then staged, not published yet."""
         for note in (*self.target.notes, *self.texts.notes, *self._equal_experts()):
             self.context.say(note)
+        if not self._averaged():
+            self.context.say(
+                "Only some of the experts have a head of their own (tie_word_embeddings): there is no plain average to "
+                "compare with."
+            )
         gates = yield from self._assemble()
         learned = (yield from self._learn()) if gates is None else None
         file = learned.file if learned else gates.file if gates else None
@@ -125,7 +130,8 @@ class Build:
             self.files[-1],
             self.routers,
             self.texts.examples,
-            tuple(expert.checkpoint.path for expert in self.experts),
+            self.base.checkpoint.path,
+            self._averaged(),
         )
         return (yield from learner.run())
 
@@ -211,17 +217,23 @@ class Build:
             ),
             seq_length=self.spec.seqlen,
             seed=self.spec.seed,
+            tokenizer=self.base.checkpoint.path,
         )
 
+    def _averaged(self) -> tuple[Path, ...]:
+        """Return the models whose plain average is the floor; none where some have a head of their own, some not."""
+        ties = {read_dense(expert).tie_word_embeddings for expert in self.experts}
+        return tuple(expert.checkpoint.path for expert in self.experts) if len(ties) == 1 else ()
+
     def _evaluate(self, name: str) -> Generator[Stage, list[Any], tuple[ModelPerplexity, ...]]:
-        paths = tuple(expert.checkpoint.path for expert in self.experts)
         subjects: dict[tuple[Path, ...], tuple[str, str]] = {
             (self.base.checkpoint.path,): ("base", self.base.reference)
         }
         for number, expert in enumerate(self.experts):
             subjects.setdefault((expert.checkpoint.path,), (f"experts[{number}]", expert.reference))
-        if len(set(paths)) > 1:
-            subjects[paths] = ("average", "plain average of the experts")
+        averaged = self._averaged()
+        if len(set(averaged)) > 1:
+            subjects[averaged] = ("average", "plain average of the experts")
         subjects[(self.staged,)] = ("moe", name)
         units = tuple(
             MeasureDomains(
@@ -230,6 +242,7 @@ class Build:
                 seq_length=self.spec.seqlen,
                 seed=self.spec.seed,
                 dtype=self._measuring_dtype(),
+                tokenizer=self.base.checkpoint.path,
                 subject=subject,
             )
             for models, (subject, _) in subjects.items()
@@ -274,7 +287,7 @@ class Build:
             if same != number:
                 notes.append(
                     f"experts[{same}] and experts[{number}] have the same {'texts' if learns else 'prompts'}, so their "
-                    "router rows are identical and they share their tokens evenly."
+                    "router rows are identical: they get the same tokens, or one gets all and the other none."
                 )
         return notes
 

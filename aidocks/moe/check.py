@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import OutputFile, write_bytes, write_text
 from aidocks.errors import CorruptCheckpoint
-from aidocks.evaluate.texts import Domain, Split
+from aidocks.evaluate.texts import COMMON, Domain, Split
 from aidocks.plan import Unit, UnitContext
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ class Routing(BaseModel):
     """Where tokens went. All layers of all texts are in ``report/routing.json``; this is what is concluded from.
 
     Attributes:
-        load: Layer x expert, over the mix of all texts in equal parts: share of the layer's choices that fell
-            on the expert; a layer's shares sum to 1.
+        load: Layer x expert, over the experts' texts in equal parts (the common text, which may be for one of them
+            alone, only where there are no others): share of the layer's choices that fell on the expert; a layer's
+            shares sum to 1.
         weight: Likewise: share of the layer's mixture that the expert supplied.
         aux_loss: Load-balancing loss of each layer on that mix: experts * sum over them of f * p, f being the
             choices per token that fell on the expert and p the mean of its routing probability (Switch
@@ -79,6 +80,7 @@ class CheckMoE(Unit[Routing]):
     split: Split = "held_out"
     seq_length: int
     seed: int
+    tokenizer: Path | None = Field(None, description="As in MeasureDomains.")
 
     @property
     def label(self) -> str:
@@ -87,7 +89,7 @@ class CheckMoE(Unit[Routing]):
     def run(self, context: UnitContext) -> Routing:
         from aidocks.evaluate.causal_lm import load_cached
 
-        model = load_cached(self.model, None, context)
+        model = load_cached(self.model, None, context, self.tokenizer)
         self._require_all_weights(model)
         chosen = [
             model.chunks(domain.text, self.split, self.seq_length, domain.chunks, self.seed).tokens
@@ -95,10 +97,11 @@ class CheckMoE(Unit[Routing]):
         ]
         traffic = [route(model.network, tokens_CT) for tokens_CT in chosen]
         files = tuple(self._write_report(traffic))
+        mixed = self._mixed(traffic)
         return Routing(
-            load=_rows(_mean([part.load for part in traffic])),
-            weight=_rows(_mean([part.weight for part in traffic])),
-            aux_loss=_row(aux_losses(traffic)),
+            load=_rows(_mean([part.load for part in mixed])),
+            weight=_rows(_mean([part.weight for part in mixed])),
+            aux_loss=_row(aux_losses(mixed)),
             domains=tuple(
                 DomainRouting(
                     domain=domain.name,
@@ -113,6 +116,11 @@ class CheckMoE(Unit[Routing]):
 
     def outputs(self, result: Routing) -> Sequence[OutputFile]:
         return result.files
+
+    def _mixed(self, traffic: Sequence[Traffic]) -> list[Traffic]:
+        """Return the traffic of the texts that load and balance are judged on."""
+        own = [part for domain, part in zip(self.domains, traffic, strict=True) if domain.name != COMMON]
+        return own or list(traffic)
 
     def _require_all_weights(self, model: CausalLM) -> None:
         if model.unused:
@@ -132,7 +140,8 @@ class CheckMoE(Unit[Routing]):
 
         names = [shown(name) for name in self.expert_names]
         domains = [domain.name for domain in self.domains]
-        load_LE, aux_L = _mean([part.load for part in traffic]), aux_losses(traffic)
+        mixed = self._mixed(traffic)
+        load_LE, aux_L = _mean([part.load for part in mixed]), aux_losses(mixed)
         cosines_EE = self._mean_cosines()
         folder = self.model / "report"
         folder.mkdir(exist_ok=True)

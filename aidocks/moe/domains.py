@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aidocks.errors import InvalidSpec
 from aidocks.evaluate.texts import (
+    COMMON,
     Domain,
     TextSource,
     count_chunks,
@@ -70,7 +71,7 @@ def resolve_texts(spec: MoESpec, base: Path | None, context: int | None, roots: 
             _examples(expert, source, f"experts[{i}]", counts)
             for i, (expert, source) in enumerate(zip(spec.experts, sources, strict=True))
         )
-    common_domain = Domain(name="text", text=common, chunks=spec.chunks)
+    common_domain = Domain(name=COMMON, text=common, chunks=spec.chunks)
     return Texts(examples, (*domains, common_domain), notes)
 
 
@@ -99,7 +100,8 @@ def _source(expert: ExpertSpec, field: str, roots: Sequence[Path]) -> TextSource
     if not expert.positive_texts:
         return file
     if file is None:
-        return TextSource(name=f"texts of {field}", records=expert.positive_texts)
+        # Of one name for all experts, so that equal texts are one text.
+        return TextSource(name="texts of the request", records=expert.positive_texts)
     return file.model_copy(update={"records": expert.positive_texts})
 
 
@@ -125,14 +127,13 @@ def _domains(
 
 def _examples(expert: ExpertSpec, source: TextSource | None, field: str, counts: _Counter) -> Examples:
     chunks = 0 if source is None else counts(source)[0]
-    if not chunks and not expert.positive_prompts:
-        # Texts shorter than a chunk are prompts by another name.
-        if expert.positive_texts and expert.dataset is None:
-            return Examples(prompts=expert.positive_texts)
+    # Texts shorter than a chunk are prompts by another name.
+    prompts = expert.positive_prompts if chunks else (*expert.positive_prompts, *expert.positive_texts)
+    if not chunks and not prompts:
         raise InvalidSpec(
             f"The example texts of {field} hold less than one chunk to learn from.",
-            field=f"{field}.dataset" if expert.dataset is not None else f"{field}.positive_texts",
+            field=f"{field}.dataset",
             value=expert.dataset,
             hint="Give more text, or shorter chunks (`seqlen`).",
         )
-    return Examples(prompts=expert.positive_prompts, text=source if chunks else None, chunks=chunks)
+    return Examples(prompts=prompts, text=source if chunks else None, chunks=chunks)

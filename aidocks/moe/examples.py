@@ -35,7 +35,7 @@ class Examples(BaseModel):
 def take_sequences(
     examples: Examples, part: Part, model: CausalLM, seq_length: int, fit_tokens: int, seed: int
 ) -> list[torch.Tensor]:
-    """Return token ids [T] of an expert's sequences, T at most ``seq_length`` (or the context, for prompts).
+    """Return token ids [T] of an expert's sequences, T at most ``seq_length``.
 
     The parts ``fit`` and ``train`` are disjoint from ``validate`` whenever there are four sequences or more; of
     fewer, all of them serve for everything. ``train`` holds all that ``fit`` holds, and the rest of the text.
@@ -52,7 +52,9 @@ def take_sequences(
 
     from aidocks.moe.gates import tokenize
 
-    prompts, _ = tokenize(examples.prompts, model.tokenizer, model.network.config.max_position_embeddings)
+    # One long prompt among short ones would be padded against; of it the end counts, as for gates from prompts.
+    longest = min(seq_length, model.network.config.max_position_embeddings)
+    prompts, _ = tokenize(examples.prompts, model.tokenizer, longest)
     short = [torch.tensor(ids) for ids in prompts.values() if len(ids) > 1]
     chosen = _choose(short, part)
     if examples.text is None or not examples.chunks:

@@ -20,6 +20,8 @@ from aidocks.moe.routing import routed_by
 
 #: Ridge penalty, relative to the mean of the Gram matrix' diagonal.
 PENALTY = 0.1
+#: Tokens whose products are summed at a time.
+_BLOCK = 4096
 #: Scale of the rows along the path on which later layers are fitted.
 PATH_SCALE = 4.0
 
@@ -32,14 +34,20 @@ def ridge_rows(inputs_NH: torch.Tensor, shares_NE: torch.Tensor, penalty: float 
         shares_NE: Whose text the token is of: rows that sum to 1.
         penalty: Relative to the mean of the Gram matrix' diagonal.
     """
-    X, Y = inputs_NH.double(), shares_NE.double()
-    experts = Y.shape[1]
+    experts, hidden = shares_NE.shape[1], inputs_NH.shape[1]
     # A token's weight is such that every expert's texts weigh 1/E in all.
-    weights_N = (Y / Y.sum(0).clamp_min(1.0)).sum(1) / experts
-    weighted = X * weights_N[:, None]
-    gram = weighted.T @ X
+    weights_N = (shares_NE / shares_NE.sum(0).clamp_min(1.0)).sum(1) / experts
+    gram = inputs_NH.new_zeros(hidden, hidden, dtype=torch.float64)
+    moments = inputs_NH.new_zeros(hidden, experts, dtype=torch.float64)
+    # In blocks, so that only a block exists in float64.
+    for begin in range(0, len(inputs_NH), _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        X, Y = inputs_NH[block].double(), shares_NE[block].double()
+        weighted = (X * weights_N[block, None]).T
+        gram += weighted @ X
+        moments += weighted @ (Y - 1 / experts)
     gram.diagonal().add_(penalty * gram.diagonal().mean())
-    rows_EH: torch.Tensor = torch.linalg.solve(gram, weighted.T @ (Y - 1 / experts)).T
+    rows_EH: torch.Tensor = torch.linalg.solve(gram, moments).T
     return rows_EH
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class Learner:
         router: The router's weight file.
         routers: Name of each layer's router.
         examples: Texts of every expert.
-        models: Checkpoint directory of every expert.
+        tokenizer: Checkpoint directory whose tokenizer reads the texts.
+        averaged: Checkpoint directory of every expert, where their plain average exists.
     """
 
     def __init__(
@@ -71,7 +73,8 @@ class Learner:
         router: ShardPlan,
         routers: tuple[str, ...],
         examples: Sequence[Examples],
-        models: tuple[Path, ...],
+        tokenizer: Path,
+        averaged: tuple[Path, ...],
     ) -> None:
         self._spec = spec
         self._prepare = PrepareDraft(staged=staged, directory=workspace / "draft", router=router)
@@ -83,8 +86,9 @@ class Learner:
             "seq_length": spec.seqlen,
             "fit_tokens": spec.fit_tokens,
             "seed": spec.seed,
+            "tokenizer": tokenizer,
         }
-        self._average = JudgeAverage(**self._shared, models=models)
+        self._average = (JudgeAverage(**self._shared, models=averaged),) if averaged else ()
 
     def run(self) -> Generator[Stage, list[Any], Learned]:
         """Yield the stages; return the best rows that were found."""
@@ -92,9 +96,9 @@ class Learner:
         fitted: GateFile
         (fitted,) = yield Stage("fit", (FitGates(**self._shared),))
         candidates = tuple(self._judge((fitted.file,), scale) for scale in SCALES)
-        results: list[Any] = yield Stage("scale", (self._average, *candidates))
-        floor: Floor = results[0]
-        judged: list[Judgement] = results[1:]
+        results: list[Any] = yield Stage("scale", (*self._average, *candidates))
+        floor = results.pop(0) if self._average else Floor(losses=(inf,) * len(self._shared["experts"]))
+        judged: list[Judgement] = results
         best = min(range(len(SCALES)), key=lambda number: judged[number].rank(floor))
         if self._spec.gate_mode == "fitted":
             return Learned(judged[best].file, SCALES[best])

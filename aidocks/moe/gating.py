@@ -14,7 +14,7 @@ from aidocks.errors import CorruptCheckpoint
 from aidocks.moe import gates
 from aidocks.moe.gate_files import write_gates
 from aidocks.plan import Unit, UnitContext
-from aidocks.specs.moe import GateMode
+from aidocks.specs.moe import RANDOM_MODES, GateMode
 
 if TYPE_CHECKING:
     from aidocks.evaluate.causal_lm import CausalLM
@@ -68,9 +68,13 @@ class ComputeGates(Unit[Gates]):
     def label(self) -> str:
         return f"{self.mode} gates of {len(self.routers)} layers"
 
+    @property
+    def computes(self) -> bool:
+        return self.mode not in RANDOM_MODES
+
     def run(self, context: UnitContext) -> Gates:
         cut, bits = 0, None
-        if self.mode in ("random", "uniform_random"):
+        if self.mode in RANDOM_MODES:
             rows_LEH = self._random_rows()
         else:
             vectors, cut, bits = self._prompt_vectors(context)

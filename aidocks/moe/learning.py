@@ -5,6 +5,7 @@ All of them run a *draft*: the finished weights, linked, with a router of zeros,
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from aidocks.evaluate.causal_lm import CausalLM
 
+#: Stands for a loss that is not finite.
+_NOT_FINITE = 1e9
 _FIRST, _SECOND = "first_moment.", "second_moment."
 
 
@@ -83,7 +86,7 @@ class TrainedGates(BaseModel):
 
     file: OutputFile
     losses: tuple[float, ...] = Field(description="Of each step, in nats per token.")
-    tokens: int
+    tokens: int = Field(description="That were learned from.")
 
 
 class PrepareDraft(WritingUnit):
@@ -124,11 +127,12 @@ class _LearningUnit(Unit[UnitResultT]):
     seq_length: int
     fit_tokens: int
     seed: int
+    tokenizer: Path = Field(description="Checkpoint directory whose tokenizer reads the texts: the base's.")
 
     def _draft(self, context: UnitContext) -> CausalLM:
         from aidocks.evaluate.causal_lm import load_cached
 
-        return load_cached(self.draft, None, context)
+        return load_cached(self.draft, None, context, self.tokenizer)
 
     def _sequences(self, part: Part, model: CausalLM) -> list[list[torch.Tensor]]:
         from aidocks.moe.examples import take_sequences
@@ -223,8 +227,8 @@ class JudgeGates(_LearningUnit[Judgement]):
         losses, balance = validate(model.network, gates_LEH, self._sequences("validate", model))
         return Judgement(
             file=self._write(f"judged-{self.unit_id}", rows=gates_LEH),
-            losses=tuple(losses),
-            balance=tuple(balance),
+            losses=_finite(losses),
+            balance=_finite(balance),
         )
 
     def outputs(self, result: Judgement) -> Sequence[OutputFile]:
@@ -246,7 +250,7 @@ class JudgeAverage(_LearningUnit[Floor]):
         from aidocks.evaluate.domains import load_average
         from aidocks.moe.training import sequence_losses
 
-        average = load_average(self.models, None, context.device)
+        average = load_average(self.models, None, context.device, self.tokenizer)
         groups = self._sequences("validate", average)
         return Floor(losses=tuple(sequence_losses(average.network, group) for group in groups))
 
@@ -297,7 +301,12 @@ class TrainGates(_LearningUnit[TrainedGates]):
         file = self._write(
             f"trained-{self.unit_id}", rows=state.gates, first=state.first, second=state.second
         )
-        return TrainedGates(file=file, losses=tuple(round(loss, 5) for loss in losses), tokens=tokens)
+        return TrainedGates(file=file, losses=_finite(losses), tokens=tokens)
 
     def outputs(self, result: TrainedGates) -> Sequence[OutputFile]:
         return (result.file,)
+
+
+def _finite(values: Sequence[float]) -> tuple[float, ...]:
+    # JSON knows no infinity; a runaway training is to be outranked, not to fail the job.
+    return tuple(round(value, 6) if math.isfinite(value) else _NOT_FINITE for value in values)

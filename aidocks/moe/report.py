@@ -31,6 +31,8 @@ from aidocks.specs.moe_result import (
 WORST_CONDITION = 5.0
 #: An expert is dead that supplies less than this part of an even share of the mixture on every text.
 LEAST_PART = 0.1
+#: Perplexities that differ by less than this part are called equal: copies of one model differ by rounding.
+_EQUAL = 1e-3
 #: Columns of a table on the model card, at most; the rest is in the report's files.
 _MOST_COLUMNS = 12
 
@@ -187,7 +189,11 @@ def _warn_of_losses(perplexities: Sequence[ModelPerplexity]) -> list[str]:
             continue
         for name, title in rivals.items():
             theirs = by_name[name].domains[number] if name in by_name else None
-            if theirs and theirs.perplexity is not None and ours.perplexity > theirs.perplexity:
+            if (
+                theirs
+                and theirs.perplexity is not None
+                and ours.perplexity > theirs.perplexity * (1 + _EQUAL)
+            ):
                 found.append(
                     f"On {text_title(ours.domain)} the MoE has a perplexity of {plus_minus(ours)}, worse than "
                     f"{title} with {plus_minus(theirs)}."
@@ -287,8 +293,8 @@ def _routing_section(experts: Sequence[ExpertShare]) -> Section:
     return Section(
         title="Routing",
         text=(
-            "Shares are means over layers, of all texts in equal parts and of each text; bold is what an expert "
-            "supplies on its own text. A layer prefers the expert that supplies most of its mixture; in idle "
+            "Shares are means over layers, of the experts' texts in equal parts and of each text; bold is what an "
+            "expert supplies on its own text. A layer prefers the expert that supplies most of its mixture; in idle "
             "layers an expert serves no token.",
         ),
         table=Table(

@@ -80,7 +80,7 @@ def train(
         objective = loss.mean() + schedule.balance * balance.mean()
         (gradient_LEH,) = torch.autograd.grad(objective, gates)
         _step(state, gradient_LEH.cpu(), schedule)
-        losses.append(float(loss.mean()))
+        losses.append(float(loss.detach().mean()))
         tokens += int(mask_BT.sum())
     return losses, tokens
 

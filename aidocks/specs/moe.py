@@ -210,9 +210,9 @@ class MoESpec(PublishableSpec):
     fit_tokens: int = Field(
         4096,
         ge=64,
-        le=10_000_000,
+        le=65_536,
         description="Tokens of every expert's example texts that the gate modes `fitted` and `trained` fit the "
-        "router on, at most.",
+        "router on, at most. They pass through the model together: memory grows with them.",
         examples=[4096],
     )
     gate_steps: int = Field(

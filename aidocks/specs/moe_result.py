@@ -34,7 +34,7 @@ class ModelPerplexity(_Part):
 
 
 class ExpertShare(_Part):
-    """How much of the evaluated texts one expert served."""
+    """How much one expert served of the experts' texts, or of the common text where there are no others."""
 
     source_model: str
     load: float = Field(description="Share of all choices that fell on it, mean over layers; they sum to 1.")

@@ -68,7 +68,9 @@ def test_of_byo_moe(here: Settings, tmp_path: Path) -> None:
     pickled = {"source_model": str(tmp_path / "allowed" / "pickled"), "positive_prompts": ["b"]}
     assert ask(here, "/byo-moe", body(unknown)) == (404, "unknown_model", [second])
     assert ask(here, "/byo-moe", body(pickled)) == (422, "unsafe_checkpoint", [second])
-    assert ask(here, "/byo-moe", body(name="tiny")) == (409, "name_taken", ["name"])
+    assert ask(here, "/byo-moe", body()) == (422, "invalid_spec", ["experts"])
+    fine = {"source_model": "tiny", "positive_prompts": ["b"]}
+    assert ask(here, "/byo-moe", body(fine, name="tiny")) == (409, "name_taken", ["name"])
 
 
 def test_a_name_that_a_job_under_way_will_use_is_taken(here: Settings) -> None:

@@ -26,7 +26,7 @@ PROMPTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("gate_mode", "condition", "perplexity", "story_load"),
-    [("hidden", 2.738, 24.96, 0.278), ("cheap_embed", 4.283, 27.55, 0.251), ("random", 1.313, 27.34, 0.312)],
+    [("hidden", 2.738, 24.96, 0.278), ("cheap_embed", 4.283, 27.55, 0.251), ("random", 1.348, 24.46, 0.307)],
 )
 def test_three_experts(
     gate_mode: str,
@@ -49,7 +49,7 @@ def test_three_experts(
     }
     job = run_locally("byo-moe", build_spec(MoESpec, body), Settings(home=home, allowed_roots=(models,)))
     assert job.result is not None, job.error
-    measured = {line["model"]: line["perplexity"] for line in job.result["perplexities"]}
+    measured = {line["model"]: line["domains"][0]["perplexity"] for line in job.result["perplexities"]}
     assert measured["experts[2]"] == pytest.approx(9.63, rel=0.01)
     assert job.result["gate_condition"] == pytest.approx(condition, rel=0.01)
     assert measured["moe"] == pytest.approx(perplexity, rel=0.01)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,26 @@ def test_links_share_their_target_s_hash(tmp_path: Path, reads: list[Path]) -> N
 def test_names_and_contents_both_count() -> None:
     assert combine_hashes({"a": "1", "b": "2"}) == combine_hashes({"b": "2", "a": "1"})
     assert combine_hashes({"a": "1", "b": "2"}) != combine_hashes({"a": "2", "b": "1"})
+
+
+def test_who_asks_while_a_file_is_read_ahead_waits_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, may_end, seen = threading.Event(), threading.Event(), list[str]()
+    real = hashes.hash_file
+
+    def hash_file(path: Path) -> str:
+        seen.append(path.name)
+        began.set()
+        assert may_end.wait(20)
+        return real(path)
+
+    monkeypatch.setattr(hashes, "hash_file", hash_file)
+    files = [make(tmp_path / name, name.encode()) for name in "ab"]
+    FileHashes(tmp_path / "cache").compute_ahead([tmp_path / "gone", *files])
+    assert began.wait(20)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(FileHashes(tmp_path / "cache").compute, files)
+        may_end.set()
+        assert asked.result(20) == {name: hashlib.sha256(name.encode()).hexdigest() for name in "ab"}
+    assert sorted(seen) == ["a", "b"]

@@ -224,6 +224,26 @@ def test_plans_hold_every_tensor_once_in_order_within_the_limit(sizes: list[int]
     assert ShardPlan.model_validate_json(shards[0].model_dump_json()) == shards[0]
 
 
+def test_files_are_about_equally_large(tmp_path: Path) -> None:
+    tensors = [TensorPlan(name=f"t{i}", dtype="U8", shape=(100,)) for i in range(64)]
+    assert [shard.nbytes for shard in plan_shards(tensors, 5000)] == [3200, 3200]
+    # One that must stand alone leaves the others as they would be.
+    large = TensorPlan(name="large", dtype="U8", shape=(9000,))
+    assert [shard.nbytes for shard in plan_shards([large, *tensors], 5000)] == [9000, 3200, 3200]
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=sizes, limit=st.integers(1, 120))
+def test_there_are_no_more_files_than_needed(sizes: list[int], limit: int) -> None:
+    filled = [[sizes[0]]]
+    for size in sizes[1:]:
+        if sum(filled[-1]) + size > limit:
+            filled.append([])
+        filled[-1].append(size)
+    tensors = [TensorPlan(name=f"t{i}", dtype="U8", shape=(size,)) for i, size in enumerate(sizes)]
+    assert len(plan_shards(tensors, limit)) == len(filled)
+
+
 def write_sharded(directory: Path, tensors: dict[str, torch.Tensor], limit: int) -> Sequence[ShardPlan]:
     shards = plan_shards(plan_of(tensors).tensors, limit)
     for shard in shards:

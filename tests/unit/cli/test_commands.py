@@ -109,7 +109,7 @@ def test_flags_win_over_the_spec_file(aidocks: Any, finished: Any, tmp_path: Pat
 
 
 def test_nested_fields_are_json(aidocks: Any, finished: Any) -> None:
-    experts = [{"source_model": "a", "positive_prompts": ["x, y"]}]
+    experts = [{"source_model": name, "positive_prompts": [f"{name}, y"]} for name in ("a", "b")]
     done = aidocks(
         "byo-moe", "--base-model", "a", "--experts", json.dumps(experts), "--no-evaluate", "--detach"
     )

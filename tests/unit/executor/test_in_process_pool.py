@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from aidocks import executor
 from aidocks.executor import InProcessPool
 from aidocks.plan import Unit, UnitContext
 
@@ -49,6 +50,14 @@ class Wait(Unit[Answer]):
         return Answer(threads=0, same_cache=False)
 
 
+class DescribeNothing(Ask):
+    """Say it without computing."""
+
+    @property
+    def computes(self) -> bool:
+        return False
+
+
 class Stop(Unit[Answer]):
     """Raise what a future cannot carry."""
 
@@ -62,6 +71,26 @@ class Stop(Unit[Answer]):
         raise StopIteration
 
 
+class Move(Unit[Answer]):
+    """Move bytes: wait for the others who do."""
+
+    result_type = Answer
+    name: str
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    @property
+    def computes(self) -> bool:
+        return False
+
+    def run(self, context: UnitContext) -> Answer:
+        together.wait(20)
+        return Answer(threads=context.threads, same_cache=context.device == "cpu")
+
+
+together = threading.Barrier(3)
 began, ending, finished = threading.Event(), threading.Event(), threading.Event()
 
 
@@ -77,6 +106,34 @@ def test_units_share_the_cache_and_are_announced(tmp_path: Path) -> None:
     first, second = asyncio.run(run())
     assert first.threads >= 1
     assert (first.same_cache, second.same_cache) == (False, True)
+
+
+class Compute(Move):
+    """The same, but for the worker's sake."""
+
+    @property
+    def computes(self) -> bool:
+        return True
+
+
+@pytest.mark.timeout(60)
+def test_what_moves_bytes_runs_beside_what_computes(tmp_path: Path) -> None:
+    """Each of the three waits until the others run, too."""
+
+    async def run() -> list[Answer]:
+        pool = InProcessPool()
+        units = (Compute(name="a"), Move(name="b"), Move(name="c"))
+        outcomes = await asyncio.gather(*(pool.run(unit, tmp_path, lambda _: None) for unit in units))
+        return [Answer.model_validate(outcome.result) for outcome in outcomes]
+
+    assert [answer.threads for answer in asyncio.run(run())][1:] == [1, 1]
+
+
+def test_moving_bytes_looks_for_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "best_device", lambda: pytest.fail("that would import torch"))
+    unit = DescribeNothing()
+    outcome = asyncio.run(InProcessPool().run(unit, tmp_path, lambda _: None))
+    assert outcome.result == Answer(threads=1, same_cache=False)
 
 
 def test_errors_come_through(tmp_path: Path) -> None:

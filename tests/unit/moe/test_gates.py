@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.moe import gates
-from aidocks.moe.mixtral import router_name
 
 
 def rows(path: Path) -> torch.Tensor:
     """Return the router rows of a built model, [layers, experts, hidden]."""
     stored = Checkpoint(path)
-    layers = stored.config["num_hidden_layers"]
-    return torch.stack([stored.tensor(router_name(layer)) for layer in range(layers)]).double()
+    names = sorted(name for name in stored.entries if name.endswith("block_sparse_moe.gate.weight"))
+    assert len(names) == stored.config["num_hidden_layers"]
+    return torch.stack([stored.tensor(name) for name in names]).double()
 
 
 def last_hidden_states(prompts: list[str], path: Path) -> torch.Tensor:
@@ -88,10 +89,42 @@ def test_random_rows_follow_the_seed(tmp_path: Path, tiny_llama: Any, build: Any
     assert rows(one.path).norm(dim=-1) == pytest.approx(1.0, abs=1e-6)
 
 
+def test_averaged_rows_are_those_of_all_tokens(tmp_path: Path, tiny_llama: Any, build: Any) -> None:
+    base = tiny_llama(tmp_path / "base")
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base).eval()
+    prompts = [["def f(x):", "import os, sys"], ["Once upon a time"]]
+    built = build(
+        base, [{"source_model": str(base), "positive_prompts": p} for p in prompts], gate_mode="hidden_avg"
+    )
+    found = rows(built.path)
+    for number, texts in enumerate(prompts):
+        wanted = []
+        for text in texts:
+            ids = tokenizer(f"{tokenizer.bos_token}{text}", add_special_tokens=False, return_tensors="pt")[
+                "input_ids"
+            ]
+            with torch.inference_mode():
+                states = model(input_ids=ids, output_hidden_states=True).hidden_states
+            wanted.append(torch.stack([state[0].double().mean(0) for state in states[:-1]]))
+        mean = torch.stack(wanted).mean(0)
+        assert torch.nn.functional.cosine_similarity(found[:, number], mean, dim=-1).min() > 0.999999
+
+
+def test_uniform_rows_are_those_of_a_new_linear_layer(tmp_path: Path, tiny_llama: Any, build: Any) -> None:
+    base = tiny_llama(tmp_path / "base")
+    experts = [{"source_model": str(base)}] * 3
+    one, other = (build(base, experts, gate_mode="uniform_random", seed=seed) for seed in (1, 2))
+    found = rows(one.path)
+    bound = 64**-0.5
+    assert float(found.abs().max()) <= bound
+    assert float(found.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert not torch.equal(found, rows(other.path))
+
+
 def test_condition_number_tells_parallel_rows() -> None:
-    orthogonal = torch.eye(3, 8)[None]
-    nearly = torch.tensor([[[1.0, 0.0], [1.0, 0.01]]])
-    parallel = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    orthogonal = np.eye(3, 8)[None]
+    nearly = np.array([[[1.0, 0.0], [1.0, 0.01]]])
+    parallel = np.array([[[1.0, 0.0], [1.0, 0.0]]])
     assert gates.condition_numbers(orthogonal) == [1.0]
     (value,) = gates.condition_numbers(nearly)
     assert value is not None

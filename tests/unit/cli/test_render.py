@@ -1,0 +1,38 @@
+"""Results as people read them."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+
+from aidocks.cli.render import result_view
+
+
+def _shown(result: dict[str, Any]) -> list[str]:
+    console = Console(file=StringIO(), width=120)
+    for part in result_view(result):
+        console.print(part)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def test_what_is_measured_on_several_texts_has_a_column_for_each() -> None:
+    rows = [
+        {"model": "base", "domains": [
+            {"domain": "text", "perplexity": 12.345, "standard_error": 0.67, "tokens": 100},
+            {"domain": "experts[0]", "perplexity": 700.0, "standard_error": 50.0, "tokens": 100},
+        ]},
+        {"model": "moe", "domains": [{"domain": "text", "perplexity": 11.0, "standard_error": 0.5, "tokens": 100}]},
+    ]  # fmt: skip
+    lines = _shown({"model": "m", "perplexities": rows})
+    assert lines[1].split() == ["model", "text", "experts[0]"]
+    assert lines[2].split() == ["base", "12.35", "±", "0.67", "700", "±", "50"]
+    assert lines[3].split() == ["moe", "11.00", "±", "0.50"]
+
+
+def test_numbers_by_name_are_columns() -> None:
+    rows = [{"source_model": "a", "domains": {"text": 0.25, "experts[0]": 1}, "dead": False}]
+    lines = _shown({"experts": rows})
+    assert lines[1].split() == ["source", "model", "text", "experts[0]", "dead"]
+    assert lines[2].split() == ["a", "0.25", "1", "no"]
