@@ -108,7 +108,8 @@ def _hash_ahead(operation: str, spec: Spec, settings: Settings) -> None:
             if is_path(reference) or resolver.registry.exists(reference):
                 directory = resolver.resolve(reference, field=field).path
                 files |= dict.fromkeys(sorted(directory.glob("*.safetensors")))
-    FileHashes(settings.cache_dir).compute_ahead(tuple(files))
+    if files:
+        FileHashes(settings.cache_dir).compute_ahead(tuple(files))
 
 
 def finish(job: Job) -> None:

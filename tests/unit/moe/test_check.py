@@ -23,7 +23,7 @@ RECORDS = tuple(
 )
 DOMAINS = (
     Domain(name="experts[1]", text=TextSource(name="experts[1]", records=RECORDS), chunks=3),
-    Domain(name="text", text=TextSource(name="prose"), chunks=40),
+    Domain(name="experts[2]", text=TextSource(name="prose"), chunks=40),
 )
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN},
@@ -229,3 +229,16 @@ def test_a_dense_layer_among_others_is_refused(tmp_path: Path, tiny_llama: Any) 
     )
     with pytest.raises(CorruptCheckpoint, match="Layer 0 of the MoE has no router"):
         check.run(UnitContext(tmp_path))
+
+
+def test_the_common_text_does_not_count_for_load_and_balance_beside_others(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    path = make_moe(tmp_path / "moe", tokenizer, "mixtral")
+    own, common = DOMAINS[0], DOMAINS[1].model_copy(update={"name": "text"})
+    alone = run(unit(path).model_copy(update={"domains": (own,)}))
+    both = run(unit(path).model_copy(update={"domains": (own, common)}))
+    assert (both.load, both.weight, both.aux_loss) == (alone.load, alone.weight, alone.aux_loss)
+    assert [part.domain for part in both.domains] == [own.name, "text"]
+    only = run(unit(path).model_copy(update={"domains": (common,)}))
+    assert only.load != alone.load

@@ -62,7 +62,7 @@ def choose(
     spec = build_spec(MoESpec, {"base_model": "m", "gate_mode": "fitted", "experts": experts, **fields})
     place = Path("/nowhere")
     router = ShardPlan(file_name="router.safetensors", tensors=())
-    learner = Learner(spec, place, place, router, ("r",), texts, (place,) * len(texts))
+    learner = Learner(spec, place, place, router, ("r",), texts, place, (place,) * len(texts))
     later = iter(trained)
 
     def answer(stage: Stage, unit: Unit[Any]) -> Any:

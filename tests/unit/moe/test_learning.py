@@ -83,6 +83,7 @@ def setting(tmp_path: Path, tiny_model: Any, plan: Any) -> Setting:
         "routers": tuple(target.router_name(layer) for layer in range(target.num_layers)),
         "experts": tuple(examples(number) for number in range(3)),
         "seq_length": LENGTH,
+        "tokenizer": models[0],
         "fit_tokens": 96,
         "seed": 0,
     }
@@ -174,7 +175,7 @@ def test_a_prompt_of_one_token_teaches_nothing(setting: Setting, tmp_path: Path)
     model.tokenizer.bos_token = None
     assert take_sequences(Examples(prompts=("a",)), "fit", model, LENGTH, 64, 0) == []
     assert len(take_sequences(Examples(prompts=("a", "a b")), "fit", model, LENGTH, 64, 0)) == 1
-    settings_file = setting.staged / "tokenizer_config.json"
+    settings_file = setting.models[0] / "tokenizer_config.json"
     settings_file.write_text(json.dumps(json.loads(settings_file.read_text()) | {"bos_token": None}))
     experts = (examples(0), Examples(prompts=("a",)), examples(2))
     with pytest.raises(InvalidSpec) as caught:

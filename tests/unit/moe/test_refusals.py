@@ -182,7 +182,7 @@ def test_an_output_that_does_not_fit_on_the_disk(
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"chunks": 90_000}, "chunks"),
+        ({"chunks": 90_000, "evaluate": True}, "chunks"),
         ({"seqlen": 1024}, "seqlen"),
         ({"text": "novel"}, "text"),
         ({"max_shard_size": "5 apples"}, "max_shard_size"),
