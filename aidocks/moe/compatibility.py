@@ -53,7 +53,7 @@ def check_members(base: Member, experts: Sequence[Member]) -> Checked:
             found = read_dense(expert)
             _check_like_base(expert, found, base, config)
             check_nothing_else(expert, found)
-            vocabulary = read_vocabulary(expert, found.vocab_size, vocabularies[path])
+            vocabulary = read_vocabulary(expert, found.vocab_size)
             check_vocabulary(vocabulary, vocabularies[path])
             configs[directory], vocabularies[directory] = found, vocabulary
         if directory not in given:

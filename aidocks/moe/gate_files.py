@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from aidocks.checkpoints.files import OutputFile, write_bytes
 
-Rows = Mapping[str, NDArray[np.float32]]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Rows = Mapping[str, NDArray[np.float32]]
 
 
 def write_gates(path: Path, rows: Rows) -> OutputFile:
     """Write router rows, each [experts, hidden] or [1, hidden], as one safetensors file."""
+    import numpy as np
     from safetensors.numpy import save
 
     return write_bytes(
@@ -24,6 +27,7 @@ def write_gates(path: Path, rows: Rows) -> OutputFile:
 
 def read_gates(files: Sequence[OutputFile]) -> dict[str, NDArray[np.float32]]:
     """Return name -> rows: the mean of what several files hold, which are of one form."""
+    import numpy as np
     from safetensors.numpy import load_file
 
     first: dict[str, NDArray[np.float32]]

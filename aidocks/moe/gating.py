@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import OutputFile
 from aidocks.errors import CorruptCheckpoint
-from aidocks.moe import gates
 from aidocks.moe.gate_files import write_gates
 from aidocks.plan import Unit, UnitContext
 from aidocks.specs.moe import RANDOM_MODES, GateMode
@@ -72,7 +70,18 @@ class ComputeGates(Unit[Gates]):
     def computes(self) -> bool:
         return self.mode not in RANDOM_MODES
 
+    @property
+    def weight(self) -> float:
+        """In bytes, as of the weight files beside it: hidden states need all of the base, the other modes little."""
+        if self.mode not in ("hidden", "hidden_avg"):
+            return 1e6
+        return float(sum(path.stat().st_size for path in self.base.glob("*.safetensors")))
+
     def run(self, context: UnitContext) -> Gates:
+        import numpy as np
+
+        from aidocks.moe import gates
+
         cut, bits = 0, None
         if self.mode in RANDOM_MODES:
             rows_LEH = self._random_rows()
@@ -103,12 +112,15 @@ class ComputeGates(Unit[Gates]):
         return (*self.experts, self.shared or Prompts()) if self.shared_gates else self.experts
 
     def _random_rows(self) -> Floats:
+        from aidocks.moe import gates
+
         make = gates.random_gates if self.mode == "random" else gates.uniform_gates
         return make(len(self.routers), len(self._all), self.hidden_size, self.seed)
 
     def _prompt_vectors(self, context: UnitContext) -> tuple[dict[str, Floats], int, int | None]:
         """Return prompt -> [H], or [L, H] where layers differ; how many prompts were cut; the base's bits."""
         from aidocks.checkpoints.reader import Checkpoint
+        from aidocks.moe import gates
 
         prompts = sorted({prompt for row in self._all for prompt in (*row.positive, *row.negative)})
         if self.mode == "cheap_embed":
@@ -140,6 +152,10 @@ class ComputeGates(Unit[Gates]):
         return model, bits
 
     def _rows(self, vectors: dict[str, Floats]) -> Floats:
+        import numpy as np
+
+        from aidocks.moe import gates
+
         rows = []
         for prompts in self._all:
             if prompts.positive:

@@ -17,13 +17,14 @@ from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.writer import ShardPlan
 from aidocks.errors import CorruptCheckpoint, InvalidSpec
 from aidocks.moe.examples import Examples, Part
-from aidocks.moe.gate_files import Rows, read_gates, write_gates
+from aidocks.moe.gate_files import read_gates, write_gates
 from aidocks.plan import Unit, UnitContext, UnitResultT, WritingUnit, WrittenFiles
 
 if TYPE_CHECKING:
     import torch
 
     from aidocks.evaluate.causal_lm import CausalLM
+    from aidocks.moe.gate_files import Rows
 
 #: Stands for a loss that is not finite.
 _NOT_FINITE = 1e9

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 from aidocks.checkpoints.writer import parse_size
 from aidocks.models.publication import find_published, publish, upload
-from aidocks.moe.build import Build
 from aidocks.moe.domains import resolve_texts
 from aidocks.plan import Operation, Plan, PlanContext, Stage
 from aidocks.specs.base import OperationResult, Spec
@@ -53,6 +52,8 @@ class BuildMoE(Operation[MoESpec, MoEResult]):
         resolver = context.resolver
         here = {f: r for f, r in references.items() if not resolver.needs_download(r, field=f)}
         if len(here) == len(references):
+            from aidocks.moe.build import Build
+
             Build(spec, context, references).require_space()
         for field, reference in here.items():
             resolver.resolve(reference, field=field)
@@ -63,6 +64,8 @@ class BuildMoE(Operation[MoESpec, MoEResult]):
         if result is None:
             references = self.inputs(spec)
             fetched = yield from _fetch(references, context)
+            from aidocks.moe.build import Build
+
             build = Build(spec, context, references)
             if fetched:
                 build.require_space()

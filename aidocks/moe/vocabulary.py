@@ -15,6 +15,9 @@ from pathlib import Path
 from aidocks.errors import IncompatibleModels, InvalidSpec
 from aidocks.moe.dense import Member
 
+# By content, of this process: a request is checked when it comes, when it is executed and when it is planned.
+_known: dict[bytes, Mapping[str, int]] = {}
+_MAX_KNOWN = 8
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _TOKENIZER_FIELD = "tokenizer_source"
 
@@ -53,13 +56,12 @@ class Extension:
     rows: int
 
 
-def read_vocabulary(member: Member, rows: int, like: Vocabulary | None = None) -> Vocabulary:
+def read_vocabulary(member: Member, rows: int) -> Vocabulary:
     """Return a model's vocabulary.
 
     Args:
         member: The model.
         rows: Its ``vocab_size``.
-        like: Of another model; the same file is not parsed again.
 
     Raises:
         InvalidSpec: When tokenizer.json cannot be read.
@@ -68,7 +70,11 @@ def read_vocabulary(member: Member, rows: int, like: Vocabulary | None = None) -
     if fast.is_file():
         raw = fast.read_bytes()
         digest = hashlib.sha256(raw).digest()
-        tokens = like.tokens if like and like.digest == digest else _parse(member, raw)
+        tokens = _known.get(digest)
+        if tokens is None:
+            tokens = _known[digest] = _parse(member, raw)
+            while len(_known) > _MAX_KNOWN:
+                del _known[next(iter(_known))]
         return Vocabulary(member, rows, tokens, None, digest)
     return Vocabulary(member, rows, None, slow.read_bytes() if slow.is_file() else None, None)
 
