@@ -46,12 +46,13 @@ def test_rules_of_the_format(stream: bytes, expected: list[ServerSentEvent]) -> 
     assert decode([stream]) == expected
 
 
+characters = st.characters(codec="utf-8", exclude_characters="\r\n")
 lines = st.lists(
     st.one_of(
         st.just(""),
         st.builds("{}:{}{}".format, st.sampled_from(["data", "event", "id", "retry", "", "other"]),
-                  st.sampled_from(["", " "]), st.text(st.characters(exclude_characters="\r\n"), max_size=8)),
-        st.text(st.characters(exclude_characters="\r\n"), max_size=8),
+                  st.sampled_from(["", " "]), st.text(characters, max_size=8)),
+        st.text(characters, max_size=8),
     ),
     max_size=12,
 )  # fmt: skip
@@ -69,7 +70,13 @@ def test_chunks_do_not_matter(lines: list[str], ends: list[str], data: st.DataOb
     assert decode(chunks) == decode([stream])
 
 
-@given(st.lists(st.tuples(st.text(st.characters(exclude_characters="\r"), max_size=20), st.integers(1, 99))))
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=20), st.integers(1, 99)
+        )
+    )
+)
 def test_what_is_written_is_read(events: list[tuple[str, int]]) -> None:
     stream = ""
     for text, number in events:
