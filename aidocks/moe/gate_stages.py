@@ -29,6 +29,8 @@ from aidocks.specs.moe_result import GateTraining
 
 #: Scales of fitted rows to choose from: how decided a router is.
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+#: The scale where an expert has prompts alone: a few short sequences cannot tell which is best.
+PROMPT_SCALE = 4.0
 #: Steps between two averages, and trainings that run side by side: fixed, so that the result does not depend on the
 #: number of workers.
 ROUND_STEPS = 25
@@ -95,14 +97,15 @@ class Learner:
         yield Stage("draft", (self._prepare,))
         fitted: GateFile
         (fitted,) = yield Stage("fit", (FitGates(**self._shared),))
-        candidates = tuple(self._judge((fitted.file,), scale) for scale in SCALES)
+        scales = SCALES if all(texts.chunks for texts in self._shared["experts"]) else (PROMPT_SCALE,)
+        candidates = tuple(self._judge((fitted.file,), scale) for scale in scales)
         results: list[Any] = yield Stage("scale", (*self._average, *candidates))
         floor = results.pop(0) if self._average else Floor(losses=(inf,) * len(self._shared["experts"]))
         judged: list[Judgement] = results
-        best = min(range(len(SCALES)), key=lambda number: judged[number].rank(floor))
+        best = min(range(len(scales)), key=lambda number: judged[number].rank(floor))
         if self._spec.gate_mode == "fitted":
-            return Learned(judged[best].file, SCALES[best])
-        return (yield from self._train(judged[best], SCALES[best], floor))
+            return Learned(judged[best].file, scales[best])
+        return (yield from self._train(judged[best], scales[best], floor))
 
     def _judge(self, files: tuple[OutputFile, ...], scale: float = 1.0) -> JudgeGates:
         return JudgeGates(**self._shared, files=files, scale=scale)

@@ -22,7 +22,7 @@ from aidocks.jobs.store import JobStore
 from aidocks.jobs.submit import submit_job
 from aidocks.models.registry import Registry
 from aidocks.moe.examples import Examples
-from aidocks.moe.gate_stages import REPLICAS, ROUND_STEPS, SCALES, Learned, Learner
+from aidocks.moe.gate_stages import PROMPT_SCALE, REPLICAS, ROUND_STEPS, SCALES, Learned, Learner
 from aidocks.moe.learning import (
     FitGates,
     Floor,
@@ -54,10 +54,10 @@ Losses = tuple[float, ...]
 
 
 def choose(
-    floor: Losses, scaled: list[Losses], trained: tuple[Losses, ...] = (), **fields: Any
+    floor: Losses, scaled: list[Losses], trained: tuple[Losses, ...] = (), chunks: int = 1, **fields: Any
 ) -> tuple[Learned, list[Stage]]:
     """Return what a learner chooses whose candidates have these losses, and the stages that it asked for."""
-    texts = [Examples(prompts=(str(number),)) for number in range(len(floor))]
+    texts = [Examples(prompts=(str(number),), chunks=chunks) for number in range(len(floor))]
     experts = [{"source_model": "m", "positive_prompts": each.prompts} for each in texts]
     spec = build_spec(MoESpec, {"base_model": "m", "gate_mode": "fitted", "experts": experts, **fields})
     place = Path("/nowhere")
@@ -89,6 +89,12 @@ def test_the_scale_with_the_least_loss_is_chosen() -> None:
     judged = next(unit for unit in stages[-1].units if getattr(unit, "scale", None) == 4.0)
     assert learned.file.path.name == judged.unit_id
     assert [stage.name for stage in stages] == ["draft", "fit", "scale"]
+
+
+def test_of_prompts_alone_no_scale_is_chosen() -> None:
+    learned, stages = choose((9.0, 9.0), [(1, 1)] * len(SCALES), chunks=0)
+    assert learned.scale == PROMPT_SCALE
+    assert [unit.scale for unit in stages[-1].units if isinstance(unit, JudgeGates)] == [PROMPT_SCALE]
 
 
 def test_beating_the_average_on_every_text_counts_more_than_the_mean() -> None:
