@@ -31,14 +31,12 @@ class Vocabulary:
         rows: Rows of its embedding; there may be more than tokens.
         tokens: Token -> number; None for a model without tokenizer.json.
         sentencepiece: The SentencePiece file of a model that has no tokenizer.json.
-        digest: Of the tokenizer.json that was read.
     """
 
     member: Member
     rows: int
     tokens: Mapping[str, int] | None
     sentencepiece: bytes | None
-    digest: bytes | None
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,8 @@ def read_vocabulary(member: Member, rows: int) -> Vocabulary:
             tokens = _known[digest] = _parse(member, raw)
             while len(_known) > _MAX_KNOWN:
                 del _known[next(iter(_known))]
-        return Vocabulary(member, rows, tokens, None, digest)
-    return Vocabulary(member, rows, None, slow.read_bytes() if slow.is_file() else None, None)
+        return Vocabulary(member, rows, tokens, None)
+    return Vocabulary(member, rows, None, slow.read_bytes() if slow.is_file() else None)
 
 
 def _parse(member: Member, raw: bytes) -> dict[str, int]:

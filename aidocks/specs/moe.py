@@ -219,7 +219,7 @@ class MoESpec(PublishableSpec):
         200, ge=1, le=1_000_000, description="Steps of gradient descent of the gate mode `trained`."
     )
     gate_learning_rate: float = Field(
-        1e-2, gt=0, le=10, description="Their largest step size, relative to the size of a router's weights."
+        3e-2, gt=0, le=10, description="Their largest step size, relative to the size of a router's weights."
     )
     router_aux_loss_coef: float = Field(
         1e-3,
