@@ -184,7 +184,7 @@ def test_a_shared_expert_s_tokenizer(tmp_path: Path, tiny_model: Any, extended: 
 def vocabulary(tokens: dict[str, int] | None, rows: int = 0, slow: bytes | None = None) -> Vocabulary:
     member = Member("experts[0].source_model", "model", None)  # type: ignore[arg-type]
     rows = rows or (max(tokens.values(), default=-1) + 1 if tokens else 0)
-    return Vocabulary(member, rows, tokens, slow, None)
+    return Vocabulary(member, rows, tokens, slow)
 
 
 SIX = {token: number for number, token in enumerate("abcdef")}
