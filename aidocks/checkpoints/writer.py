@@ -158,7 +158,7 @@ class ShardWriter:
         del self._missing[name]
 
     def copy(self, name: str, entry: TensorEntry) -> None:
-        """Copy a stored tensor's bytes as they are, inside the kernel where it can.
+        """Copy a stored tensor's bytes as they are.
 
         Raises:
             CorruptCheckpoint: When the source has become shorter since its header was read.

@@ -1,6 +1,6 @@
 """The units that write the MoE: one per weight file, one for the routers, one for everything beside the weights.
 
-Where the stored type is the planned one, a tensor is made of byte ranges that the kernel copies: no decoding, no
+Where the stored type is the planned one, a tensor is made of byte ranges of files: no decoding, no
 torch, and memory that does not grow with the model.
 """
 
