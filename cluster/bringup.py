@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import sys
@@ -139,7 +140,8 @@ def answers(url: str) -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"{url}/health", timeout=HEALTH_TIMEOUT_S) as response:
             return bool(response.status == 200)
-    except (OSError, ValueError, urllib.error.URLError):
+    # The last: something that does not speak HTTP has the port.
+    except (OSError, ValueError, urllib.error.URLError, http.client.HTTPException):
         return False
 
 

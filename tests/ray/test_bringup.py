@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from aidocks.errors import PortTaken, StartupFailed
 from aidocks.settings import Settings
 from cluster import head
-from cluster.bringup import service_status, start_service, stop_service
+from cluster.bringup import answers, service_status, start_service, stop_service
 from cluster.head import temp_dir
 from tests.conftest import free_port
 
@@ -77,6 +78,23 @@ def test_a_taken_port_is_said_before_anything_is_started(settings: Settings) -> 
     assert str(port + 1) in str(caught.value)
     assert not settings.state_file.exists()
     assert not temp_dir(settings).exists()
+
+
+def test_what_does_not_speak_http_is_not_the_service() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+
+        def greet() -> None:
+            connection, _ = holder.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(bytes([0, 0, 18, 4, 0, 0, 0, 0, 0]) * 3 + b"\r\n")  # settings of HTTP/2
+
+        greeting = threading.Thread(target=greet)
+        greeting.start()
+        assert answers(f"http://127.0.0.1:{holder.getsockname()[1]}") is False
+        greeting.join()
 
 
 def test_a_failing_start_leaves_nothing(settings: Settings) -> None:
