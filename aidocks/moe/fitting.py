@@ -35,14 +35,15 @@ def ridge_rows(inputs_NH: torch.Tensor, shares_NE: torch.Tensor, penalty: float 
         penalty: Relative to the mean of the Gram matrix' diagonal.
     """
     experts, hidden = shares_NE.shape[1], inputs_NH.shape[1]
+    shares_NE = shares_NE.double()
     # A token's weight is such that every expert's texts weigh 1/E in all.
     weights_N = (shares_NE / shares_NE.sum(0).clamp_min(1.0)).sum(1) / experts
     gram = inputs_NH.new_zeros(hidden, hidden, dtype=torch.float64)
     moments = inputs_NH.new_zeros(hidden, experts, dtype=torch.float64)
-    # In blocks, so that only a block exists in float64.
+    # In blocks, so that only a block of the inputs exists in float64.
     for begin in range(0, len(inputs_NH), _BLOCK):
         block = slice(begin, begin + _BLOCK)
-        X, Y = inputs_NH[block].double(), shares_NE[block].double()
+        X, Y = inputs_NH[block].double(), shares_NE[block]
         weighted = (X * weights_N[block, None]).T
         gram += weighted @ X
         moments += weighted @ (Y - 1 / experts)
