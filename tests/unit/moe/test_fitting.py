@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from aidocks.moe.fitting import PATH_SCALE, PENALTY, fit_along_path, ridge_rows
 from aidocks.moe.routing import linear_router, routed_by
+from tests.support.routing import small_moe
 
 EXPERTS, LAYERS, HIDDEN = 3, 3, 32
 
@@ -114,19 +114,12 @@ def test_a_token_that_two_experts_share_counts_half_for_each() -> None:
 
 @pytest.fixture(scope="module")
 def network() -> Any:
-    torch.manual_seed(0)
-    config = MixtralConfig(
+    return small_moe(
         vocab_size=128,
         hidden_size=HIDDEN,
-        intermediate_size=48,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
         num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
     )
-    return MixtralForCausalLM(config).eval()
 
 
 def texts(lengths: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:

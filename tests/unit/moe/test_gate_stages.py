@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -38,16 +37,9 @@ from aidocks.plan import Stage, Unit, UnitContext
 from aidocks.settings import Settings
 from aidocks.specs.moe import MoESpec
 from aidocks.specs.read import build_spec
+from tests.support.routing import records
 
 LENGTH = 16
-WORDS = ["licence copyright patent grant", "red green blue yellow", "seven eleven forty ninety"]
-
-
-def records(number: int, count: int = 40) -> tuple[str, ...]:
-    """Return example texts of one domain, each another."""
-    generator = random.Random(number)
-    words = WORDS[number].split()
-    return tuple(" ".join(generator.choices([*words, str(i)], k=12)) for i in range(count))
 
 
 Losses = tuple[float, ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +34,9 @@ from aidocks.moe.learning import (
 )
 from aidocks.moe.training import Schedule, State, train, validate
 from aidocks.plan import Unit, UnitContext
+from tests.support.routing import records
 
 LENGTH = 16
-WORDS = ["licence copyright patent grant", "red green blue yellow", "seven eleven forty ninety"]
-
-
-def records(number: int, count: int = 40) -> tuple[str, ...]:
-    """Return example texts of one domain, each another."""
-    generator = random.Random(number)
-    words = WORDS[number].split()
-    return tuple(" ".join(generator.choices([*words, str(i)], k=12)) for i in range(count))
 
 
 def examples(number: int, chunks: int = 8) -> Examples:

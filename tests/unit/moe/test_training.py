@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from aidocks.moe import training
 from aidocks.moe.examples import pad
 from aidocks.moe.routing import balance_loss, linear_router, routed_by
 from aidocks.moe.training import Schedule, State, language_loss, sequence_losses, train, validate
+from tests.support.routing import small_moe
 
 EXPERTS, LAYERS, HIDDEN = 3, 2, 32
 STEADY = Schedule(rate=0.05, steps=1_000_000, balance=0.0)
@@ -22,20 +22,13 @@ STEADY = Schedule(rate=0.05, steps=1_000_000, balance=0.0)
 @pytest.fixture
 def network() -> Any:
     """A network whose experts differ much, so that it matters which of them serves a token."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
+    return small_moe(
         vocab_size=64,
         hidden_size=HIDDEN,
-        intermediate_size=48,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
         num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
         initializer_range=0.3,
     )
-    return MixtralForCausalLM(config).eval()
 
 
 def make_domains(count: int = 4, length: int = 16) -> list[list[torch.Tensor]]:
