@@ -1,4 +1,4 @@
-"""What must be true of base, experts and text before any work begins. Reads headers and settings only."""
+"""What must be true of base and experts before any work begins. Reads headers and settings only."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aidocks.evaluate.texts import TextSource, require_chunks, require_context
 from aidocks.moe.dense import COMPARED, DenseConfig, Member, read_dense
 from aidocks.moe.parts import base_parts, check_nothing_else, check_parts, expert_parts
 from aidocks.moe.vocabulary import TOKENIZER_FILES, Vocabulary, check_vocabulary, read_vocabulary
-from aidocks.specs.moe import MoESpec
 
 
 @dataclass(frozen=True)
@@ -86,13 +84,3 @@ def _same(found: Any, wanted: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return json.dumps(value if isinstance(value, int | float | str) or value is None else dict(value))
-
-
-def check_text(base: Member, config: DenseConfig, text: TextSource, spec: MoESpec) -> None:
-    """Refuse a text that is too short or chunks that are too long.
-
-    Raises:
-        InvalidSpec: Saying how many chunks there are, or how long they may be.
-    """
-    require_context(base.reference, config.max_position_embeddings, spec.seqlen)
-    require_chunks(base.checkpoint.path, text, "held_out", spec.chunks, spec.seqlen, spec.seed)
