@@ -164,8 +164,7 @@ class ShardWriter:
             CorruptCheckpoint: When the source has become shorter since its header was read.
         """
         self._begin_tensor(name, entry.dtype, entry.shape)
-        self._file.copy(self._begins[name], entry.file, entry.begin, entry.nbytes)
-        del self._missing[name]
+        self.copy_ranges(name, [entry])
 
     def copy_ranges(self, name: str, ranges: Sequence[TensorEntry | bytes]) -> None:
         """Store byte ranges of files, and bytes at hand, one after another as one tensor.

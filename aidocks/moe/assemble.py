@@ -32,26 +32,34 @@ _NEUTRAL_GATE = 2.0**-6
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-class AssembleShard(WritingUnit):
+class _MovingUnit(WritingUnit):
+    """A unit that puts files into the staged result, and moves bytes rather than computing."""
+
+    directory: Path = Field(description="Directory in which the result is staged.")
+
+    @property
+    def computes(self) -> bool:
+        return False
+
+
+class _WeightFile(_MovingUnit):
+    shard: ShardPlan
+
+    @property
+    def weight(self) -> float:
+        return float(self.shard.nbytes)
+
+
+class AssembleShard(_WeightFile):
     """One weight file of the MoE."""
 
     sources: tuple[Path, ...] = Field(description="Checkpoint directories; the first is the base.")
-    directory: Path = Field(description="Directory in which the result is staged.")
-    shard: ShardPlan
     recipes: dict[str, Recipe] = Field(description="For every tensor of the shard.")
     seed: int = Field(0, description="Of the noise.")
 
     @property
     def label(self) -> str:
         return self.shard.file_name
-
-    @property
-    def computes(self) -> bool:
-        return False
-
-    @property
-    def weight(self) -> float:
-        return float(self.shard.nbytes)
 
     def run(self, context: UnitContext) -> WrittenFiles:
         from aidocks.checkpoints.reader import Checkpoint
@@ -71,24 +79,14 @@ class AssembleShard(WritingUnit):
         return WrittenFiles(files=(writer.output,))
 
 
-class WriteRouter(WritingUnit):
+class WriteRouter(_WeightFile):
     """The routers' weight file: gates that were computed as float32, in the result's type."""
 
     gates: OutputFile = Field(description="Safetensors file of float32 gates, named as in the result.")
-    directory: Path = Field(description="Directory in which the result is staged.")
-    shard: ShardPlan
 
     @property
     def label(self) -> str:
         return f"{self.shard.file_name} (router)"
-
-    @property
-    def computes(self) -> bool:
-        return False
-
-    @property
-    def weight(self) -> float:
-        return float(self.shard.nbytes)
 
     def run(self, context: UnitContext) -> WrittenFiles:
         from aidocks.checkpoints.header import read_header
@@ -138,12 +136,11 @@ def _to_bytes(rows: np.ndarray[Any, Any], tensor: TensorPlan) -> bytes:
     return kept.tobytes()
 
 
-class WriteBesideWeights(WritingUnit):
+class WriteBesideWeights(_MovingUnit):
     """Configuration, the index of the weight files, and the tokenizer's files, byte for byte."""
 
     base: Path = Field(description="Checkpoint directory of the base.")
     tokenizer: Path = Field(description="Checkpoint directory that gives the tokenizer.")
-    directory: Path = Field(description="Directory in which the result is staged.")
     config: dict[str, Any] = Field(description="Content of config.json.")
     shards: tuple[ShardPlan, ...] = Field(description="All weight files, that of the routers too.")
     chat_template: str | None = Field(None, description="Replaces the tokenizer's.")
@@ -151,10 +148,6 @@ class WriteBesideWeights(WritingUnit):
     @property
     def label(self) -> str:
         return "configuration and tokenizer"
-
-    @property
-    def computes(self) -> bool:
-        return False
 
     def run(self, context: UnitContext) -> WrittenFiles:
         texts = {"config.json": _dump(self.config)}

@@ -67,6 +67,7 @@ class Build:
         )
         self.files = self.target.plan_files(parse_size(spec.max_shard_size))
         self.routers = tuple(map(self.target.router_name, range(self.target.num_layers)))
+        self.averaged = self._averaged()
         self.written: list[OutputFile] = []
         self.parents: tuple[Parent, ...] = ()
 
@@ -78,7 +79,7 @@ class Build:
         """Yield the stages; return the result of what is then staged, not published yet."""
         for note in (*self.target.notes, *self.texts.notes, *self._equal_experts()):
             self.context.say(note)
-        if not self._averaged():
+        if not self.averaged:
             self.context.say(
                 "Only some of the experts have a head of their own (tie_word_embeddings): there is no plain average to "
                 "compare with."
@@ -131,7 +132,7 @@ class Build:
             self.routers,
             self.texts.examples,
             self.base.checkpoint.path,
-            self._averaged(),
+            self.averaged,
         )
         return (yield from learner.run())
 
@@ -231,9 +232,8 @@ class Build:
         }
         for number, expert in enumerate(self.experts):
             subjects.setdefault((expert.checkpoint.path,), (f"experts[{number}]", expert.reference))
-        averaged = self._averaged()
-        if len(set(averaged)) > 1:
-            subjects[averaged] = ("average", "plain average of the experts")
+        if len(set(self.averaged)) > 1:
+            subjects[self.averaged] = ("average", "plain average of the experts")
         subjects[(self.staged,)] = ("moe", name)
         units = tuple(
             MeasureDomains(

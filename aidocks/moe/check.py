@@ -96,12 +96,13 @@ class CheckMoE(Unit[Routing]):
             for domain in self.domains
         ]
         traffic = [route(model.network, tokens_CT) for tokens_CT in chosen]
-        files = tuple(self._write_report(traffic))
         mixed = self._mixed(traffic)
+        load_LE, aux_L = _mean([part.load for part in mixed]), aux_losses(mixed)
+        files = tuple(self._write_report(traffic, load_LE, aux_L))
         return Routing(
-            load=_rows(_mean([part.load for part in mixed])),
+            load=_rows(load_LE),
             weight=_rows(_mean([part.weight for part in mixed])),
-            aux_loss=_row(aux_losses(mixed)),
+            aux_loss=_row(aux_L),
             domains=tuple(
                 DomainRouting(
                     domain=domain.name,
@@ -134,14 +135,14 @@ class CheckMoE(Unit[Routing]):
                 f"The MoE has {loaded} parameters when loaded, not {self.parameters} as planned."
             )
 
-    def _write_report(self, traffic: Sequence[Traffic]) -> Iterator[OutputFile]:
+    def _write_report(
+        self, traffic: Sequence[Traffic], load_LE: torch.Tensor, aux_L: torch.Tensor
+    ) -> Iterator[OutputFile]:
         from aidocks.moe import figures
         from aidocks.moe.report import shown
 
         names = [shown(name) for name in self.expert_names]
         domains = [domain.name for domain in self.domains]
-        mixed = self._mixed(traffic)
-        load_LE, aux_L = _mean([part.load for part in mixed]), aux_losses(mixed)
         cosines_EE = self._mean_cosines()
         folder = self.model / "report"
         folder.mkdir(exist_ok=True)
