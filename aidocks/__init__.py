@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from aidocks.client.http import AsyncClient, Client
     from aidocks.client.job import AsyncJobHandle, JobHandle
     from aidocks.errors import AIDocksError
-    from aidocks.specs.laser import LaserResult, LaserSpec
+    from aidocks.laser.factored import load_factored
+    from aidocks.specs.laser import LaserSpec
+    from aidocks.specs.laser_result import LaserResult
+    from aidocks.specs.laser_scan import LaserScanResult, LaserScanSpec
     from aidocks.specs.moe import ExpertSpec, MoESpec
     from aidocks.specs.moe_result import MoEResult
 
@@ -29,10 +32,13 @@ __all__ = [
     "ExpertSpec",
     "JobHandle",
     "LaserResult",
+    "LaserScanResult",
+    "LaserScanSpec",
     "LaserSpec",
     "MoEResult",
     "MoESpec",
     "__version__",
+    "load_factored",
 ]
 
 _MODULES = {
@@ -42,10 +48,13 @@ _MODULES = {
     "Client": "aidocks.client.http",
     "ExpertSpec": "aidocks.specs.moe",
     "JobHandle": "aidocks.client.job",
-    "LaserResult": "aidocks.specs.laser",
+    "LaserResult": "aidocks.specs.laser_result",
+    "LaserScanResult": "aidocks.specs.laser_scan",
+    "LaserScanSpec": "aidocks.specs.laser_scan",
     "LaserSpec": "aidocks.specs.laser",
     "MoEResult": "aidocks.specs.moe_result",
     "MoESpec": "aidocks.specs.moe",
+    "load_factored": "aidocks.laser.factored",
 }
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from aidocks.settings import Settings
-    from aidocks.specs.laser import LaserResult
+    from aidocks.specs.laser_result import LaserResult
     from aidocks.specs.moe_result import MoEResult
 
 BASE, LASER, MOE = "smollm2-135m-instruct", "smollm2-laser", "smollm2-moe"
@@ -184,6 +184,7 @@ def _ask(path: Path) -> str:
 
 def _perplexities(laser: LaserResult, moe: MoEResult) -> dict[str, tuple[float | None, float | None]]:
     held_out = laser.held_out
+    assert held_out is not None, "every run measures it"
     found = {
         f"{BASE}, held-out text": (held_out.before, held_out.before_standard_error),
         f"{LASER}, held-out text": (held_out.after, held_out.after_standard_error),

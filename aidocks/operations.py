@@ -26,12 +26,19 @@ class Registration:
         spec: Import string of the spec class.
         operation: Import string of the operation class.
         summary: One line for help texts and the API documentation.
+        path: HTTP path without its first slash, where that is not the name (``laser/scan``).
     """
 
     name: str
     spec: str
     operation: str
     summary: str
+    path: str | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """HTTP path, such as ``/laser/scan``."""
+        return f"/{self.path or self.name}"
 
     @property
     def method(self) -> str:
@@ -47,6 +54,9 @@ class Registration:
 OPERATIONS = (
     Registration("laser", "aidocks.specs.laser:LaserSpec", "aidocks.laser.operation:Laser",
                  "Optimise a model: rank reduction guided by random matrix theory (LaserRMT)."),
+    Registration("laser-scan", "aidocks.specs.laser_scan:LaserScanSpec", "aidocks.laser.scan_operation:LaserScan",
+                 "Scan a model: singular values, noise and signal of every weight matrix; lists for training.",
+                 path="laser/scan"),
     Registration("byo-moe", "aidocks.specs.moe:MoESpec", "aidocks.moe.operation:BuildMoE",
                  "Build a Mixture-of-Experts from a base model and fine-tunes of it."),
 )  # fmt: skip

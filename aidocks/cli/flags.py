@@ -70,6 +70,8 @@ def _reading(name: str, kind: Any) -> tuple[Any, str | None, Callable[[Any], Any
     """Return what the parser reads for a field of type ``kind``, its metavar, and the way to the value."""
     if kind in _SCALARS:
         return kind, None, _as_it_is
+    if _has_short(kind):
+        return str, kind.written_short, _as_it_is
     if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
         return kind, None, _as_it_is
     if isinstance(kind, type) and issubclass(kind, Enum):
@@ -100,13 +102,23 @@ def _bare(annotation: Any) -> Any:
 
 def _is_word(kind: Any) -> bool:
     return (
-        kind in _SCALARS or get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum))
+        kind in _SCALARS
+        or get_origin(kind) is Literal
+        or (isinstance(kind, type) and issubclass(kind, Enum))
+        or _has_short(kind)
     )
+
+
+def _has_short(kind: Any) -> bool:
+    """Say whether a model is written in one word, too, such as ``metric:data``."""
+    return isinstance(getattr(kind, "written_short", None), str)
 
 
 def _word_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
+    if _has_short(kind):
+        return str(kind.written_short)
     if issubclass(kind, Enum):
         return "|".join(str(choice.value) for choice in kind)
     return str(kind.__name__)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _FIRST = ("model", "path")
 _ROWS = 12
+#: Of a longer text only the first half of so many lines is shown.
+_LINES = 12
 #: The first column tells what a row is; a job's id has 24 characters.
 _ID_WIDTH = 24
 #: Numbers that are names: not grouped.
@@ -146,10 +148,17 @@ def value_text(name: str, value: Any) -> str:
             return f"{datetime.fromisoformat(value).astimezone():%Y-%m-%d %H:%M:%S}"
         case str() if name.endswith(("hash", "sha256")):
             return value[:12]
+        case str() if value.count("\n") > _LINES:
+            lines = value.splitlines()
+            return "\n".join(
+                [*lines[: _LINES // 2], f"and {len(lines) - _LINES // 2} more lines (--json shows all)"]
+            )
         case str():
             return value
         case Mapping():
             return ", ".join(f"{_words(key)} {text}" for key, text in _facts(value))
+        case Sequence() if len(value) > _ROWS and not isinstance(value[0], Mapping):
+            return f"{len(value)} (--json shows them)"
         case Sequence():
             return ", ".join(value_text(name, item) for item in value)
         case _:

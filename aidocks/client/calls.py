@@ -130,7 +130,7 @@ def submission(
     body = spec.model_dump(mode="json", exclude_unset=True) if isinstance(spec, Spec) else dict(spec or {})
     return Call(
         "POST",
-        f"/{find_operation(operation).name}",
+        find_operation(operation).endpoint,
         Job.model_validate,
         body=body | dict(fields),
         headers={"Accept": "application/json", "Idempotency-Key": idempotency_key or uuid.uuid4().hex},

@@ -146,6 +146,7 @@ def load(path: Path, dtype: str | None, device: str, tokenizer: Path | None = No
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     closed: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    _know_factored(path)
     try:
         config = AutoConfig.from_pretrained(path, **closed)
         stored = getattr(config, "dtype", None) or torch.float32
@@ -185,6 +186,7 @@ def load_quantized(path: Path, bits: int, device: str) -> CausalLM:
             value=True,
             hint="Install aidocks[gpu], or leave it out.",
         )
+    _know_factored(path)
     settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     closed: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -197,6 +199,15 @@ def load_quantized(path: Path, bits: int, device: str) -> CausalLM:
             f"{path.name} does not load in {bits} bits: {error}", value=path.name
         ) from error
     return CausalLM(path, network.eval(), tokenizer)
+
+
+def _know_factored(path: Path) -> None:
+    """Tell transformers of models whose matrices are stored as factors, when this is one."""
+    from aidocks.checkpoints.layout import read_config
+    from aidocks.laser.factors import is_factored
+
+    if is_factored(read_config(path)):
+        import aidocks.laser.factored  # noqa: F401 - registers itself
 
 
 def load_cached(

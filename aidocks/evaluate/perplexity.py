@@ -65,7 +65,7 @@ class PerplexityResult(BaseModel):
         losses, perplexity = self.losses, self.perplexity
         if losses is None or perplexity is None:
             return None
-        return perplexity * _standard_error(losses)
+        return perplexity * standard_error(losses)
 
 
 class Comparison(BaseModel):
@@ -99,11 +99,15 @@ _LARGEST_Z = 1e9
 def compare(before: PerplexityResult, after: PerplexityResult) -> Comparison:
     """Compare two models in pairs of chunks, which removes the spread between chunks from the error."""
     assert (before.positions, before.tokens) == (after.positions, after.tokens), "results of different chunks"
-    losses_before, losses_after = before.losses, after.losses
-    if losses_before is None or losses_after is None:
+    if before.losses is None or after.losses is None:
         return Comparison(delta=None, standard_error=None, z=None)
-    differences = [b - a for a, b in zip(losses_before, losses_after, strict=True)]
-    delta, error = fmean(differences), _standard_error(differences)
+    return compare_losses(before.losses, after.losses)
+
+
+def compare_losses(before: Sequence[float], after: Sequence[float]) -> Comparison:
+    """Compare two models by their finite losses on the same items, which are the independent units."""
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    delta, error = fmean(differences), standard_error(differences)
     z = (
         None
         if delta == 0
@@ -112,7 +116,8 @@ def compare(before: PerplexityResult, after: PerplexityResult) -> Comparison:
     return Comparison(delta=delta, standard_error=error, z=z)
 
 
-def _standard_error(values: Sequence[float]) -> float:
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean of independent values; 0 for a single one."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 

@@ -88,19 +88,41 @@ def resolve_text(reference: str, allowed_roots: Sequence[Path], *, field: str | 
             value=reference,
             hint=f"Known: {', '.join(sorted(NAMED_TEXTS))}; or give the path of a .txt or .jsonl file.",
         )
-    path = _allowed_file(reference, allowed_roots, field)
+    path = allowed_file(reference, allowed_roots, field)
     source = TextSource(name=path.name, path=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     if not read_text(source, field=field).strip():
         raise InvalidSpec(f"The text {reference!r} is empty.", field=field, value=reference)
     return source
 
 
-def _allowed_file(reference: str, allowed_roots: Sequence[Path], field: str | None) -> Path:
-    hint = "Move it below a directory of AIDOCKS_ALLOWED_ROOTS, or use the text 'prose'."
+def allowed_file(
+    reference: str,
+    allowed_roots: Sequence[Path],
+    field: str | None,
+    *,
+    what: str = "text",
+    shipped: str = "prose",
+    suffixes: Sequence[str] = (".txt", ".jsonl"),
+) -> Path:
+    """Return the path of a file that a request names.
+
+    Args:
+        reference: As in the request.
+        allowed_roots: Directories below which a request may name a file.
+        field: Spec field to blame.
+        what: What the file is, for people.
+        shipped: Name of one that is shipped, to be used instead.
+        suffixes: Of such files.
+
+    Raises:
+        InvalidSpec: For another suffix, a missing file, or one of more than 1 GiB.
+        PathNotAllowed: For a file outside the allowed roots, also by way of ``..`` or a symbolic link.
+    """
+    hint = f"Move it below a directory of AIDOCKS_ALLOWED_ROOTS, or use the {what} '{shipped}'."
     path = path_below(reference, allowed_roots, field, hint)
-    if path.suffix not in (".txt", ".jsonl"):
+    if path.suffix not in suffixes:
         raise InvalidSpec(
-            f"The text {reference!r} is neither a .txt nor a .jsonl file.", field=field, value=reference
+            f"The {what} {reference!r} is {_no_such_file(suffixes)}.", field=field, value=reference
         )
     if not path.is_file():
         raise InvalidSpec(f"The file {reference!r} does not exist.", field=field, value=reference)
@@ -109,9 +131,15 @@ def _allowed_file(reference: str, allowed_roots: Sequence[Path], field: str | No
             f"The file {reference!r} is larger than {_MAX_BYTES >> 20} MiB.",
             field=field,
             value=reference,
-            hint="A perplexity needs some hundred kilobytes of text.",
+            hint="Some hundred kilobytes are enough to measure on.",
         )
     return path
+
+
+def _no_such_file(suffixes: Sequence[str]) -> str:
+    if len(suffixes) == 1:
+        return f"no {suffixes[0]} file"
+    return f"neither a {' nor a '.join(suffixes)} file"
 
 
 def read_text(source: TextSource, *, field: str | None = "text") -> str:
@@ -280,13 +308,10 @@ def choose_chunks(
     Raises:
         InvalidSpec: When the half does not hold so many chunks.
     """
-    shuffled = sorted(range(available), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
+    members = order_chunks(available, split, seed, boundary)
     if boundary is None:
-        half = available // 2
-        members = shuffled[:half] if split == "search" else shuffled[half : 2 * half]
         held = f"The text holds {available} whole chunks, half for each split"
     else:
-        members = [position for position in shuffled if (position < boundary) == (split == "search")]
         held = f"The {split.replace('_', '-')} half of the text's records holds {len(members)} whole chunks"
     if chunks > len(members):
         raise InvalidSpec(
@@ -298,3 +323,15 @@ def choose_chunks(
             else "Use a longer text or shorter chunks (`seqlen`).",
         )
     return sorted(members[:chunks])
+
+
+def order_chunks(available: int, split: Split, seed: int = 0, boundary: int | None = None) -> list[int]:
+    """Return the positions of all chunks of a split, ordered by a hash. Arguments as for :func:`choose_chunks`.
+
+    Whatever is taken from the beginning and whatever is taken after it are disjoint, and samples of the split alike.
+    """
+    shuffled = sorted(range(available), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
+    if boundary is None:
+        half = available // 2
+        return shuffled[:half] if split == "search" else shuffled[half : 2 * half]
+    return [position for position in shuffled if (position < boundary) == (split == "search")]

@@ -1,15 +1,62 @@
-"""What must be true of a base model before any work begins; reads headers and configurations."""
+"""What must be true of a request and its base model before any work begins; reads headers and configurations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import IncompatibleModels
+from aidocks.evaluate.objectives import ObjectiveSource, resolve_objective, size_objective
 from aidocks.evaluate.texts import require_context
+from aidocks.laser.factors import dense_config
 from aidocks.laser.matrices import Matrix, find_matrices, select_matrices
 from aidocks.specs.laser import LaserSpec
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_FLOAT32_BYTES = 4
+
+
+def resolve_objectives(spec: LaserSpec, allowed_roots: Sequence[Path]) -> tuple[ObjectiveSource, ...]:
+    """Return what decides and then the guards, with data that exist.
+
+    Raises:
+        InvalidSpec: For data that do not exist or do not suit the metric, naming the field.
+        PathNotAllowed: For a file outside the allowed roots.
+    """
+    named = [(_field_of_data(spec), spec.decisive)]
+    named += [(f"guards[{number}]", guard) for number, guard in enumerate(spec.guards)]
+    return tuple(
+        resolve_objective(
+            objective,
+            allowed_roots,
+            seq_length=spec.seqlen,
+            seed=spec.seed,
+            chunks=spec.chunks if objective.metric == "perplexity" else None,
+            field=field,
+        )
+        for field, objective in named
+    )
+
+
+def size_objectives(
+    spec: LaserSpec, objectives: Sequence[ObjectiveSource], model: Path
+) -> tuple[ObjectiveSource, ...]:
+    """Return the objectives with the sizes of their parts, counted with the model's tokenizer.
+
+    Raises:
+        InvalidSpec: For data that are too few.
+    """
+    fields = [_field_of_data(spec), *(f"guards[{number}]" for number in range(len(spec.guards)))]
+    return tuple(
+        size_objective(source, model, chunks=spec.chunks, field=field)
+        for field, source in zip(fields, objectives, strict=True)
+    )
+
+
+def _field_of_data(spec: LaserSpec) -> str:
+    return "objective" if spec.objective else "text"
 
 
 def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
@@ -27,7 +74,7 @@ def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
             f"The model {name!r} is not a causal language model, but: {', '.join(architectures)}.",
             field=field,
             value=name,
-            hint="Perplexity decides here: give a model whose architecture ends with ForCausalLM.",
+            hint="Losses of text decide here: give a model whose architecture ends with ForCausalLM.",
         )
     if checkpoint.config.get("quantization_config"):
         raise IncompatibleModels(
@@ -38,14 +85,20 @@ def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
         )
     if not any((checkpoint.path / file).is_file() for file in _TOKENIZER_FILES):
         raise IncompatibleModels(f"The model {name!r} has no tokenizer files.", field=field, value=name)
-    context = next(
-        (
-            checkpoint.config[key]
-            for key in ("max_position_embeddings", "n_positions")
-            if key in checkpoint.config
-        ),
-        None,
-    )
+    config = dense_config(checkpoint.config)
+    lengths = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
+    context = next((length for length in lengths if length is not None), None)
     if isinstance(context, int):
         require_context(name, context, spec.seqlen)
     return select_matrices(find_matrices(checkpoint.entries), spec.layers, spec.kinds, name)
+
+
+def workspace_bytes(matrices: Sequence[Matrix], spec: LaserSpec) -> int:
+    """Return what the search writes on its way, at most: directions of outputs, second moments of inputs."""
+    truncations = {truncation for rule in spec.rule for truncation in spec.truncations_of(rule)}
+    bases = sum(matrix.shape[0] * matrix.full_rank for matrix in matrices) * len(truncations)
+    moments = 0
+    if "activation_aware" in truncations:
+        # Query, key and value share their inputs, and so do gate and up: half of the linear layers at most have others.
+        moments = sum(matrix.shape[1] ** 2 for matrix in matrices)
+    return (bases + moments) * _FLOAT32_BYTES

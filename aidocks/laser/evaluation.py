@@ -1,34 +1,64 @@
-"""The unit that measures a model with some of its matrices reduced; no file is written for it."""
+"""The unit that measures what a change does to a model; no file is written for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from aidocks.evaluate.perplexity import PerplexityResult
-from aidocks.evaluate.texts import Split, TextSource
+from aidocks.evaluate.measurements import Pairs, decide
+from aidocks.evaluate.objectives import ObjectiveSource, Part
 from aidocks.laser.matrices import Reduction
 from aidocks.plan import Unit, UnitContext
 
 
-class EvaluateReductions(Unit[PerplexityResult]):
-    """Perplexity of a checkpoint under a set of reductions (none: of the checkpoint itself)."""
+class Change(BaseModel):
+    """What a change did.
 
-    result_type: ClassVar[type[BaseModel]] = PerplexityResult
+    Attributes:
+        pairs: On the deciding objective, and then on the guards in their order; without the guards where the
+            objective was not reached anyway.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: tuple[Pairs, ...]
+
+    @property
+    def objective(self) -> Pairs:
+        """The measurement that decides."""
+        return self.pairs[0]
+
+    @property
+    def guards(self) -> tuple[Pairs, ...]:
+        return self.pairs[1:]
+
+
+class MeasureChange(Unit[Change]):
+    """Losses of a checkpoint under a set of reductions, before and after further ones are added.
+
+    Both are measured by the same worker on the same batches, so that nothing but the change can make a difference.
+    Units of one stage come sorted by layer: the worker keeps the outputs of the layers below.
+    """
+
+    result_type: ClassVar[type[BaseModel]] = Change
 
     checkpoint: Path = Field(description="Checkpoint directory.")
-    reductions: tuple[Reduction, ...] = Field(
-        (), description="In order of name, so that equal sets are equal."
+    base: tuple[Reduction, ...] = Field((), description="What was accepted before, in that order.")
+    added: tuple[Reduction, ...] = Field(
+        (), description="What is tried on top; none to measure the base alone."
     )
-    text: TextSource
-    split: Split
-    seq_length: int
-    chunks: int
-    seed: int
+    objectives: tuple[ObjectiveSource, ...] = Field(
+        min_length=1, description="The first decides; the others are guards, which must not get worse."
+    )
+    part: Part = Field(description="Of the objectives' data.")
+    z_threshold: float | None = Field(
+        None,
+        description="Significance at which the first objective's measurement ends early; None for never.",
+    )
     dtype: str | None = Field(
-        None, description="Computation type. Only a baseline leaves it to the worker: pairs must share it."
+        None, description="Computation type; None lets the worker choose what it does well."
     )
     subject: str = Field(description="What is measured, for people.")
 
@@ -38,11 +68,16 @@ class EvaluateReductions(Unit[PerplexityResult]):
 
     @property
     def weight(self) -> float:
-        return float(self.seq_length * self.chunks)
+        return float(sum(source.sizes[self.part] for source in self.objectives))
 
-    def run(self, context: UnitContext) -> PerplexityResult:
+    def run(self, context: UnitContext) -> Change:
         from aidocks.laser.workbench import workbench
 
         bench = workbench(self.checkpoint, self.dtype, context)
-        bench.apply({reduction.name: reduction.rank for reduction in self.reductions})
-        return bench.model.measure(self.text, self.split, self.seq_length, self.chunks, self.seed)
+        bench.set_base(self.base)
+        objective, *guards = self.objectives
+        total = objective.sizes[self.part]
+        pairs = [bench.measure(objective, self.part, self.added, z_threshold=self.z_threshold)]
+        if self.z_threshold is None or decide(pairs[0], total, self.z_threshold) == "accept":
+            pairs += [bench.measure(guard, self.part, self.added) for guard in guards]
+        return Change(pairs=tuple(pairs))

@@ -1,4 +1,4 @@
-"""The Marchenko-Pastur law of singular values, and the rank rules that rest on it.
+"""The Marchenko-Pastur law of singular values, its fit to a spectrum, and the two rules that are a plain edge.
 
 A matrix has sides N <= M, beta = N/M, and independent noise entries of standard deviation sigma. Divided by
 sigma * sqrt(M), the singular values of pure noise fill [1 - sqrt(beta), 1 + sqrt(beta)] (V. A. Marchenko and
@@ -8,25 +8,28 @@ section III-E).
 ``laserrmt`` is the rule of the laserRMT project (cognitivecomputations), kept for compatibility: it takes the
 interquartile range of the singular values, as if they were Gaussian, for sigma * sqrt(M), which depends on
 the shape and calls 24 % to 100 % of pure noise signal.
+
+Shapes: values_N all singular values of a matrix, float64, in any order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aidocks.specs.laser import Rule
-
 Values = NDArray[np.float64]
 
 #: Interquartile range of the standard normal distribution, as the original rounds it.
 _GAUSSIAN_IQR = 1.349
 _GRID = 4097
+#: Below this share of the largest one, singular values from a Gram matrix in fp64 are rounding.
+ROUNDING = 1e-7
+#: A fit that would explain more than this share of the values as signal is not one of a bulk.
+_MOST_SIGNAL = 0.75
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,11 @@ class Decision:
     """What a rule makes of one spectrum.
 
     Attributes:
-        sigma: Estimated noise scale. For ``marchenko_pastur`` the standard deviation of the entries; for
-            ``laserrmt`` the normalised interquartile range of the singular values.
+        sigma: Estimated standard deviation of the noise entries; for ``laserrmt`` the normalised interquartile
+            range of the singular values, as the original has it.
         threshold: Singular values above it are kept.
         rank: How many those are.
-        snr: Sum of the kept singular values over the sum of the others; None when there are no others.
+        snr: Sum of the kept singular values over the sum of the others; None when the others sum to nothing.
         energy: Share of the squared Frobenius norm that is kept.
     """
 
@@ -93,15 +96,15 @@ def _sides(shape: tuple[int, int]) -> tuple[int, int]:
     return min(shape), max(shape)
 
 
-def noise_sigma(singular_values: Values, shape: tuple[int, int]) -> float:
+def noise_sigma(values_N: Values, shape: tuple[int, int]) -> float:
     """Estimate the standard deviation of the noise entries from the median singular value.
 
     Args:
-        singular_values: All min(shape) of them, in any order.
+        values_N: All N = min(shape) singular values, in any order.
         shape: Shape of the matrix.
     """
     small, large = _sides(shape)
-    return float(np.median(singular_values)) / (median(small / large) * math.sqrt(large))
+    return float(np.median(values_N)) / (median(small / large) * math.sqrt(large))
 
 
 def edge(sigma: float, shape: tuple[int, int]) -> float:
@@ -110,35 +113,79 @@ def edge(sigma: float, shape: tuple[int, int]) -> float:
     return sigma * (math.sqrt(small) + math.sqrt(large))
 
 
-def marchenko_pastur(singular_values: Values, shape: tuple[int, int]) -> Decision:
-    """Keep what exceeds the edge of the noise, whose scale the median singular value tells."""
-    sigma = noise_sigma(singular_values, shape)
-    return _decide(singular_values, sigma, edge(sigma, shape))
+@dataclass(frozen=True)
+class BulkFit:
+    """The law fitted to the bulk of a spectrum.
+
+    Attributes:
+        sigma: Standard deviation of the noise entries.
+        outliers: Singular values above the fitted edge.
+        distance: Kolmogorov-Smirnov distance of the other values from the law: 0 to 1, and of the order of
+            1/N (not 1/sqrt(N): eigenvalues repel each other) where the bulk is noise.
+    """
+
+    sigma: float
+    outliers: int
+    distance: float
 
 
-def laserrmt(singular_values: Values, shape: tuple[int, int]) -> Decision:
-    """Apply the original rule: threshold = IQR / 1.349 * (1 + sqrt(beta))."""
+def fit_bulk(values_N: Values, shape: tuple[int, int]) -> BulkFit:
+    """Fit the law to what is left of a spectrum when its outliers are taken away.
+
+    The median of all values is too large where there are many outliers. So values above the edge are taken away and
+    sigma follows from the median of the others, which are distributed as those of noise of
+    shape (N - k) x (M - k), until no further value is above the edge.
+    """
     small, large = _sides(shape)
-    upper, lower = np.quantile(singular_values, [0.75, 0.25])
+    descending = np.sort(values_N)[::-1]
+    outliers = 0
+    while True:
+        left = (small - outliers, large - outliers)
+        sigma = noise_sigma(descending[outliers:], left)
+        above = int(np.count_nonzero(descending > edge(sigma, left)))
+        if above <= outliers or above > _MOST_SIGNAL * small:
+            break
+        outliers = above
+    return BulkFit(sigma, outliers, _distance(descending[outliers:], sigma, left))
+
+
+def _distance(descending_K: Values, sigma: float, shape: tuple[int, int]) -> float:
+    small, large = shape
+    if sigma <= 0:
+        return 1.0
+    law = cdf(descending_K[::-1] / (sigma * math.sqrt(large)), small / large)
+    steps = np.arange(len(law) + 1) / len(law)
+    return float(max(np.max(law - steps[:-1]), np.max(steps[1:] - law)))
+
+
+def marchenko_pastur(values_N: Values, shape: tuple[int, int]) -> Decision:
+    """Keep what exceeds the edge of the noise, whose scale the median singular value tells."""
+    sigma = noise_sigma(values_N, shape)
+    return decide_above(values_N, sigma, above_rounding(edge(sigma, shape), values_N))
+
+
+def laserrmt(values_N: Values, shape: tuple[int, int]) -> Decision:
+    """Apply the original rule: threshold = IQR / 1.349 * (1 + sqrt(beta)), without any guard of ours."""
+    small, large = _sides(shape)
+    upper, lower = np.quantile(values_N, [0.75, 0.25])
     sigma = float(upper - lower) / _GAUSSIAN_IQR
-    return _decide(singular_values, sigma, sigma * math.sqrt((1 + math.sqrt(small / large)) ** 2))
+    return decide_above(values_N, sigma, sigma * math.sqrt((1 + math.sqrt(small / large)) ** 2))
 
 
-#: The rules by the name that a spec uses.
-RULES: dict[Rule, Callable[[Values, tuple[int, int]], Decision]] = {
-    "marchenko_pastur": marchenko_pastur,
-    "laserrmt": laserrmt,
-}
+def above_rounding(threshold: float, values_N: Values) -> float:
+    """Return ``threshold``, raised to where singular values can be told from rounding."""
+    return max(threshold, ROUNDING * float(np.max(values_N)))
 
 
-def _decide(singular_values: Values, sigma: float, threshold: float) -> Decision:
-    kept = singular_values > threshold
-    above, below = float(singular_values[kept].sum()), float(singular_values[~kept].sum())
-    total = float(np.square(singular_values).sum())
+def decide_above(values_N: Values, sigma: float, threshold: float) -> Decision:
+    """Return the decision that keeps what exceeds ``threshold``."""
+    kept = values_N > threshold
+    above, below = float(values_N[kept].sum()), float(values_N[~kept].sum())
+    total = float(np.square(values_N).sum())
     return Decision(
         sigma=sigma,
         threshold=threshold,
         rank=int(kept.sum()),
-        snr=above / below if below > 0 else None,
-        energy=float(np.square(singular_values[kept]).sum()) / total if total else 0.0,
+        snr=above / below if below > 0 and math.isfinite(above / below) else None,
+        energy=float(np.square(values_N[kept]).sum()) / total if total else 0.0,
     )

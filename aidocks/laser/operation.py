@@ -1,31 +1,36 @@
-"""``/laser``: reduce the rank of weight matrices where that measurably lowers perplexity (LaserRMT, done
+"""``/laser``: reduce the rank of weight matrices where that measurably makes the model better (LaserRMT, done
 carefully).
 
-scan every matrix -> rank by random matrix theory -> measure each candidate alone -> compose those that help
--> verify on chunks that the search never saw -> write the model and the report.
+scan every matrix -> ranks by random matrix theory -> screen them by one gradient pass -> measure the most promising
+alone -> compose those that help -> verify on data that the search never saw -> write the model and the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
 
-from aidocks.checkpoints.files import OutputFile
+from aidocks.checkpoints.layout import read_config
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.space import require_space
-from aidocks.checkpoints.writer import TensorPlan, parse_size, plan_shards
-from aidocks.evaluate.texts import TextSource, require_chunks, resolve_text
-from aidocks.laser.checks import check_base
+from aidocks.checkpoints.writer import parse_size
+from aidocks.evaluate.measurements import Pairs
+from aidocks.evaluate.objectives import ObjectiveSource, Part
+from aidocks.laser.checks import check_base, resolve_objectives, size_objectives, workspace_bytes
+from aidocks.laser.ledger import LedgerLine
 from aidocks.laser.matrices import Matrix
-from aidocks.laser.report import WriteReport
+from aidocks.laser.report import WriteReport, choose_pictured, scores_of, sections
+from aidocks.laser.scan import ScanMatrix
 from aidocks.laser.search import Findings, Search
-from aidocks.laser.writing import CopyBesideWeights, WriteShard
+from aidocks.laser.selection import Candidate
+from aidocks.laser.writing import ChooseFactors, writing_units
 from aidocks.models.hub import FetchModel, require_token
-from aidocks.models.parents import describe_parent
+from aidocks.models.parents import parent_units
 from aidocks.models.publication import Staged, find_published, publish, upload
 from aidocks.plan import Operation, Plan, PlanContext, Stage
 from aidocks.specs.base import OperationResult, Spec
-from aidocks.specs.laser import AcceptedReduction, LaserResult, LaserSpec
+from aidocks.specs.laser import LaserSpec
+from aidocks.specs.laser_result import AcceptedReduction, LaserResult, PartScore
 
 #: Room beside the weights: tokenizer, pictures, ledger.
 _BESIDE_WEIGHTS_BYTES = 64 << 20
@@ -46,12 +51,13 @@ class Laser(Operation[LaserSpec, LaserResult]):
 
     def preflight(self, spec: LaserSpec, context: PlanContext) -> None:
         parse_size(spec.max_shard_size)
-        text = _text(spec, context)
+        objectives = resolve_objectives(spec, context.resolver.allowed_roots)
         if spec.publish:
             require_token()
         if context.resolver.needs_download(spec.base_model_name):
             return
-        _check(context.resolver.open(spec.base_model_name, field="base_model_name"), text, spec, context)
+        checkpoint = context.resolver.open(spec.base_model_name, field="base_model_name")
+        _check(checkpoint, objectives, spec, context)
 
     def plan(self, spec: LaserSpec, context: PlanContext) -> Plan[LaserResult]:
         result = find_published(spec.laser_model_name, LaserResult, context)
@@ -61,25 +67,30 @@ class Laser(Operation[LaserSpec, LaserResult]):
 
     def _make(self, spec: LaserSpec, context: PlanContext) -> Plan[LaserResult]:
         checkpoint = yield from _open_base(spec, context)
-        text = _text(spec, context)
-        matrices = _check(checkpoint, text, spec, context)
-        search = Search(spec, checkpoint.path, text, context.parallelism, context.say)
+        objectives = resolve_objectives(spec, context.resolver.allowed_roots)
+        matrices, objectives = _check(checkpoint, objectives, spec, context)
+        search = Search(
+            spec,
+            checkpoint,
+            objectives,
+            context.workspace,
+            context.cache_dir,
+            context.parallelism,
+            context.say,
+        )
         findings = yield from search.run(matrices)
-        files = yield from _write(findings, spec, context, checkpoint)
-        return _register(findings, files, spec, context, checkpoint)
-
-
-def _text(spec: LaserSpec, context: PlanContext) -> TextSource:
-    return resolve_text(spec.text, context.resolver.allowed_roots)
+        return (yield from _Publication(spec, context, checkpoint, objectives, findings).run())
 
 
 def _check(
-    checkpoint: Checkpoint, text: TextSource, spec: LaserSpec, context: PlanContext
-) -> tuple[Matrix, ...]:
+    checkpoint: Checkpoint, objectives: Sequence[ObjectiveSource], spec: LaserSpec, context: PlanContext
+) -> tuple[tuple[Matrix, ...], tuple[ObjectiveSource, ...]]:
+    """Return the matrices of the request and its objectives with the sizes of their parts."""
     matrices = check_base(checkpoint, spec)
-    require_chunks(checkpoint.path, text, "search", spec.chunks, spec.seqlen, spec.seed)
-    require_space(context.workspace, checkpoint.total_bytes + _BESIDE_WEIGHTS_BYTES)
-    return matrices
+    sized = size_objectives(spec, objectives, checkpoint.path)
+    on_the_way = workspace_bytes(matrices, spec)
+    require_space(context.workspace, checkpoint.total_bytes + on_the_way + _BESIDE_WEIGHTS_BYTES)
+    return matrices, sized
 
 
 def _open_base(spec: LaserSpec, context: PlanContext) -> Generator[Stage, list[Any], Checkpoint]:
@@ -88,77 +99,183 @@ def _open_base(spec: LaserSpec, context: PlanContext) -> Generator[Stage, list[A
     return context.resolver.open(spec.base_model_name, field="base_model_name")
 
 
-def _write(
-    findings: Findings, spec: LaserSpec, context: PlanContext, checkpoint: Checkpoint
-) -> Generator[Stage, list[Any], list[OutputFile]]:
-    directory = context.workspace / "model"
-    tensors = [TensorPlan(name=e.name, dtype=e.dtype, shape=e.shape) for e in checkpoint.entries.values()]
-    shards = plan_shards(tensors, parse_size(spec.max_shard_size))
-    reductions = {candidate.matrix.name: candidate.reduction for candidate in findings.accepted}
-    writers = [
-        WriteShard(
-            checkpoint=checkpoint.path,
-            directory=directory,
-            shard=shard,
-            reductions=tuple(reductions[t.name] for t in shard.tensors if t.name in reductions),
+class _Publication:
+    """From findings to a registry model with its report."""
+
+    def __init__(
+        self,
+        spec: LaserSpec,
+        context: PlanContext,
+        checkpoint: Checkpoint,
+        objectives: tuple[ObjectiveSource, ...],
+        findings: Findings,
+    ) -> None:
+        self._spec = spec
+        self._context = context
+        self._checkpoint = checkpoint
+        self._objectives = objectives
+        self._findings = findings
+        self._directory = context.workspace / "model"
+        self._factored: dict[str, int] = {}
+        self._bytes = 0
+
+    def run(self) -> Plan[LaserResult]:
+        """Yield the stages that write weights and report; publish what they wrote."""
+        base = (("base_model_name", self._spec.base_model_name, self._checkpoint.path),)
+        (parent,) = yield Stage("hash the base", parent_units(base, self._context.cache_dir))
+        written = yield from self._write()
+        result = self._result()
+        guards = [source.label for source in self._objectives[1:]]
+        lines = tuple(_line(candidate, guards) for candidate in self._findings.candidates)
+        reported = yield Stage("report", (self._reporting(result, lines),))
+        files = [file for part in (*written, *reported) for file in part.files]
+        pictures = (file.path.relative_to(self._directory).as_posix() for file in files)
+        result = result.model_copy(
+            update={"pictures": tuple(name for name in pictures if name.endswith(".png"))}
         )
-        for shard in shards
-    ]
-    beside = CopyBesideWeights(checkpoint=checkpoint.path, directory=directory, shards=shards)
-    written = yield Stage("write", (*writers, beside))
-    report = WriteReport(
-        checkpoint=checkpoint.path,
-        directory=directory,
-        rule=spec.rule,
-        z_threshold=spec.z_threshold,
-        spectra=findings.spectra,
-        candidates=findings.candidates,
-        search=findings.search,
-        held_out=findings.held_out,
-    )
-    reported = yield Stage("report", (report,))
-    return [file for part in (*written, *reported) for file in part.files]
+        staged = Staged(
+            directory=self._directory,
+            files=files,
+            parents=(parent,),
+            parameters=result.parameters,
+            dtype=self._checkpoint.config.get("dtype"),
+            architecture=read_config(self._directory)["architectures"][0],
+            sections=sections(result, lines),
+        )
+        return publish(staged, "laser", self._spec, result, self._context)
 
+    def _reporting(self, result: LaserResult, lines: tuple[LedgerLine, ...]) -> WriteReport:
+        pictured = choose_pictured(self._findings.spectra, lines)
+        return WriteReport(
+            directory=self._directory,
+            metric=self._objectives[0].metric,
+            z_threshold=self._spec.z_threshold,
+            lines=lines,
+            spectra=self._findings.spectra,
+            pictured=tuple(
+                ScanMatrix(
+                    checkpoint=self._checkpoint.path,
+                    matrix=matrix,
+                    file_sha256=self._findings.file_hashes[self._checkpoint.entries[matrix.name].file.name],
+                    cache_dir=self._context.cache_dir,
+                )
+                for matrix in pictured
+            ),
+            scores=scores_of(result),
+            withdrawn_because=result.withdrawn_because,
+        )
 
-def _register(
-    findings: Findings, files: list[OutputFile], spec: LaserSpec, context: PlanContext, checkpoint: Checkpoint
-) -> LaserResult:
-    directory = context.workspace / "model"
-    pictures = [f.path.relative_to(directory).as_posix() for f in files if f.path.suffix == ".png"]
-    result = LaserResult(
-        model=spec.laser_model_name,
-        accepted=_accepted(findings),
-        search=findings.search,
-        held_out=findings.held_out,
-        withdrawn=findings.withdrawn,
-        candidates_tried=len(findings.candidates),
-        matrices_scanned=len(findings.spectra),
-        parameters=sum(entry.numel for entry in checkpoint.entries.values()),
-        pictures=tuple(pictures),
-    )
-    base = describe_parent("base_model_name", spec.base_model_name, checkpoint, context.cache_dir)
-    staged = Staged(
-        directory=directory,
-        files=files,
-        parents=(base,),
-        parameters=result.parameters,
-        dtype=checkpoint.config.get("dtype"),
-        architecture=checkpoint.config["architectures"][0],
-    )
-    return publish(staged, "laser", spec, result, context)
+    def _write(self) -> Generator[Stage, list[Any], list[Any]]:
+        reductions = tuple(candidate.reduction for candidate in self._findings.accepted)
+        if self._spec.output == "factored" and reductions:
+            choosing = ChooseFactors(checkpoint=self._checkpoint.path, reductions=reductions)
+            (chosen,) = yield Stage("choose factors", (choosing,))
+            self._factored = chosen.ranks
+        largest = parse_size(self._spec.max_shard_size)
+        units = writing_units(self._checkpoint, self._directory, reductions, self._factored, largest)
+        written = yield Stage("write", units)
+        weights = (file for part in written for file in part.files if file.path.suffix == ".safetensors")
+        self._bytes = sum(file.bytes for file in weights)
+        return written
 
-
-def _accepted(findings: Findings) -> tuple[AcceptedReduction, ...]:
-    lines = []
-    for candidate in findings.accepted:
-        effect = candidate.composed
-        assert effect is not None, "accepted without evidence"
-        line = {
-            "name": candidate.matrix.name,
-            "layer": candidate.matrix.layer,
-            "kind": candidate.matrix.kind,
-            "rank": candidate.rank,
-            "full_rank": candidate.matrix.full_rank,
+    def _result(self) -> LaserResult:
+        findings = self._findings
+        before = sum(entry.numel for entry in self._checkpoint.entries.values())
+        parts: dict[Part, list[PartScore]] = {
+            part: [
+                _score(source, part, pairs) for source, pairs in zip(self._objectives, scores, strict=True)
+            ]
+            for part, scores in findings.scores.items()
         }
-        lines.append(AcceptedReduction.model_validate(line | effect.model_dump()))
-    return tuple(lines)
+        return LaserResult(
+            model=self._spec.laser_model_name,
+            accepted=tuple(_accepted(candidate) for candidate in findings.accepted),
+            search=parts["search"][0],
+            held_out=parts["held_out"][0],
+            report=parts["report"][0],
+            guards=(*parts["report"][1:], *parts["held_out"][1:]),
+            withdrawn=findings.withdrawn is not None,
+            withdrawn_because=findings.withdrawn,
+            candidates_tried=len(findings.candidates),
+            candidates_screened=findings.screened,
+            matrices_scanned=len(findings.spectra),
+            parameters=before - self._saved(),
+            parameters_before=before,
+            output=self._spec.output,
+            bytes=self._bytes,
+            bytes_before=self._checkpoint.total_bytes,
+        )
+
+    def _saved(self) -> int:
+        """Return how many parameters fewer the factors have than the matrices that they stand for."""
+        entries = self._checkpoint.entries
+        return sum(
+            entries[name].numel - rank * sum(entries[name].shape) for name, rank in self._factored.items()
+        )
+
+
+def _score(source: ObjectiveSource, part: Part, pairs: Pairs) -> PartScore:
+    change, before, after = pairs.comparison, pairs.value_before, pairs.value_after
+    return PartScore(
+        metric=source.metric,
+        data=source.text.name,
+        part=part,
+        before=before.value,
+        before_standard_error=before.standard_error,
+        after=after.value,
+        after_standard_error=after.standard_error,
+        delta=change.delta,
+        delta_standard_error=change.standard_error,
+        z=change.z,
+        items=len(pairs.positions),
+        tokens=pairs.tokens,
+    )
+
+
+def _accepted(candidate: Candidate) -> AcceptedReduction:
+    effect, proposal = candidate.composed, candidate.proposal
+    assert effect is not None, "accepted without evidence"
+    return AcceptedReduction(
+        name=candidate.address,
+        layer=proposal.matrix.layer,
+        kind=proposal.matrix.kind,
+        rank=proposal.rank,
+        full_rank=proposal.matrix.full_rank,
+        truncation=proposal.truncation,
+        shrink=proposal.shrink,
+        rule=", ".join(proposal.rules),
+        energy=proposal.energy,
+        delta=effect.delta,
+        standard_error=effect.standard_error,
+        z=effect.z,
+    )
+
+
+def _line(candidate: Candidate, guards: Sequence[str]) -> LedgerLine:
+    proposal, alone, composed = candidate.proposal, candidate.alone, candidate.composed
+    prediction = candidate.prediction
+    return LedgerLine(
+        address=candidate.address,
+        layer=proposal.matrix.layer,
+        kind=proposal.matrix.kind,
+        rank=proposal.rank,
+        full_rank=proposal.matrix.full_rank,
+        truncation=proposal.truncation,
+        shrink=proposal.shrink,
+        rule=", ".join(proposal.rules),
+        energy=proposal.energy,
+        snr=proposal.noise_ratio,
+        predicted_change=prediction.mean if prediction else None,
+        predicted_standard_error=prediction.standard_error if prediction else None,
+        predicted_with_fisher=prediction.change if prediction else None,
+        items=candidate.items,
+        delta=alone.delta if alone else None,
+        standard_error=alone.standard_error if alone else None,
+        z=alone.z if alone else None,
+        composed_delta=composed.delta if composed else None,
+        composed_standard_error=composed.standard_error if composed else None,
+        composed_z=composed.z if composed else None,
+        guards={label: comparison.z for label, comparison in zip(guards, candidate.guards, strict=False)},
+        decision=candidate.verdict,
+        accepted=candidate.verdict.startswith("accepted"),
+    )

@@ -1,35 +1,71 @@
-"""The unit that writes the report: the ledger of all candidates, and the pictures."""
+"""The report of a search: the files of the ledger, the pictures, and what the model card tells."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field
 
 from aidocks.checkpoints.files import OutputFile, write_bytes, write_text
+from aidocks.laser.ledger import (
+    LedgerLine,
+    loss_unit,
+    part_title,
+    short_truncation,
+    with_error,
+    written_value,
+    written_z,
+)
 from aidocks.laser.matrices import Matrix
-from aidocks.laser.scan import MatrixSpectrum
-from aidocks.laser.selection import Candidate
+from aidocks.laser.scan import MatrixSpectrum, ScanMatrix
+from aidocks.models.manifest import Section, Table
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
-from aidocks.specs.laser import BeforeAfter, Rule
+from aidocks.specs.laser_result import AcceptedReduction, LaserResult, PartScore, ScoredPart
+from aidocks.specs.objective import Metric
 
 #: Matrices whose spectrum is drawn, at most.
-PICTURED = 4
+PICTURED = 6
+#: Rows of a table on the model card, at most; the ledger has all.
+_MOST_ROWS = 40
+#: A change that is so many standard errors large stands out in a table.
+_CLEAR = 2.0
+
+
+def choose_pictured(spectra: Sequence[MatrixSpectrum], lines: Sequence[LedgerLine]) -> tuple[Matrix, ...]:
+    """Return the matrices whose spectrum is drawn: accepted ones first, then one of each kind not shown yet.
+
+    Args:
+        spectra: Of all matrices that were scanned.
+        lines: Of the ledger.
+    """
+    matrices = {spectrum.matrix.address: spectrum.matrix for spectrum in spectra}
+    shown = {
+        line.address: matrices[line.address] for line in lines if line.accepted and line.address in matrices
+    }
+    tried = [matrices[line.address] for line in lines if line.address in matrices]
+    for matrix in (*tried, *matrices.values()):
+        if matrix.kind not in {other.kind for other in shown.values()}:
+            shown[matrix.address] = matrix
+    return tuple(shown.values())[:PICTURED]
 
 
 class WriteReport(WritingUnit):
     """``report/ledger.json``, ``report/spectra.json`` and the PNG pictures."""
 
-    checkpoint: Path = Field(description="Checkpoint directory of the base.")
     directory: Path = Field(description="Directory in which the result is staged.")
-    rule: Rule
+    metric: Metric = Field(description="Of the objective.")
     z_threshold: float
+    lines: tuple[LedgerLine, ...]
     spectra: tuple[MatrixSpectrum, ...]
-    candidates: tuple[Candidate, ...]
-    search: BeforeAfter
-    held_out: BeforeAfter
+    pictured: tuple[ScanMatrix, ...] = Field(
+        (),
+        description="Scans of the matrices whose spectrum is drawn; their values are kept since they were scanned.",
+    )
+    scores: tuple[PartScore, ...] = Field((), description="Of the objective, then of the guards.")
+    withdrawn_because: str | None = None
 
     @property
     def label(self) -> str:
@@ -37,62 +73,166 @@ class WriteReport(WritingUnit):
 
     def run(self, context: UnitContext) -> WrittenFiles:
         from aidocks.laser import figures
-        from aidocks.laser.scan import open_checkpoint
-        from aidocks.laser.spectrum import singular_values
+        from aidocks.laser.scan_figures import draw_spectra
 
         folder = self.directory / "report"
-        checkpoint = open_checkpoint(self.checkpoint, context)
         written = [
             _write_json(folder / "ledger.json", self._ledger()),
             _write_json(folder / "spectra.json", [s.model_dump(mode="json") for s in self.spectra]),
         ]
-        pictured = [
-            (matrix, singular_values(checkpoint.tensor(matrix.name).to(context.device)).numpy())
-            for matrix in self._pictured()
-        ]
+        values = [(scan.matrix, scan.values(context)) for scan in self.pictured]
         pictures = {
-            "spectra.png": figures.draw_spectra(pictured),
-            "candidates.png": figures.draw_candidates(self.candidates, self.z_threshold),
-            "before_after.png": figures.draw_before_after(self.search, self.held_out),
+            "spectra.png": draw_spectra(values) if values else None,
+            "candidates.png": figures.draw_candidates(self.lines, self.z_threshold, self.metric),
+            "predictions.png": figures.draw_predictions(self.lines, self.metric),
+            "before_after.png": figures.draw_before_after(self.scores),
         }
-        written += [write_bytes(folder / name, image) for name, image in pictures.items()]
+        written += [write_bytes(folder / name, image) for name, image in pictures.items() if image]
         return WrittenFiles(files=tuple(written))
-
-    def _pictured(self) -> list[Matrix]:
-        """Accepted matrices first, then one of each kind that is not shown yet."""
-        shown = [c.matrix for c in self.candidates if c.verdict == "accepted"]
-        for matrix in [*(c.matrix for c in self.candidates), *(s.matrix for s in self.spectra)]:
-            if matrix.kind not in {m.kind for m in shown}:
-                shown.append(matrix)
-        return shown[:PICTURED]
 
     def _ledger(self) -> dict[str, Any]:
         return {
-            "rule": self.rule,
+            "metric": self.metric,
+            "unit": loss_unit(self.metric),
             "z_threshold": self.z_threshold,
-            "search": self.search.model_dump(mode="json"),
-            "held_out": self.held_out.model_dump(mode="json"),
-            "candidates": [_line(candidate) for candidate in self.candidates],
+            "withdrawn_because": self.withdrawn_because,
+            "scores": [score.model_dump(mode="json") for score in self.scores],
+            "candidates": [line.model_dump(mode="json") for line in self.lines],
         }
 
 
-def _line(candidate: Candidate) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "name": candidate.matrix.name,
-        "layer": candidate.matrix.layer,
-        "kind": candidate.matrix.kind,
-        "rank": candidate.rank,
-        "full_rank": candidate.matrix.full_rank,
-        "energy": candidate.energy,
-        "snr": candidate.noise_ratio,
-        "accepted": candidate.verdict == "accepted",
-        "verdict": candidate.verdict,
-    }
-    for prefix, effect in (("", candidate.alone), ("composed_", candidate.composed)):
-        line[f"{prefix}delta"] = effect.delta if effect else None
-        line[f"{prefix}standard_error"] = effect.standard_error if effect else None
-        line[f"{prefix}z"] = effect.z if effect else None
-    return line
+def scores_of(result: LaserResult) -> tuple[PartScore, ...]:
+    """Return everything that a result was measured on: the objective's parts, then the parts of each guard."""
+    objective = (score for score in (result.search, result.held_out, result.report) if score is not None)
+    guards = list(dict.fromkeys(score.label for score in result.guards))
+    parts = get_args(ScoredPart)
+    ordered = sorted(result.guards, key=lambda score: (guards.index(score.label), parts.index(score.part)))
+    return (*objective, *ordered)
+
+
+def sections(result: LaserResult, lines: Sequence[LedgerLine]) -> tuple[Section, ...]:
+    """Return what the model card tells: what was changed and why, base against result, and how it is stored.
+
+    Args:
+        result: What the job found.
+        lines: Of the ledger.
+    """
+    made = [_evidence(result, lines)]
+    scores = scores_of(result)
+    if scores:
+        made.append(_comparison(scores))
+    if result.output == "factored" and result.parameters < result.parameters_before:
+        made.append(_storage(result))
+    return tuple(made)
+
+
+def _evidence(result: LaserResult, lines: Sequence[LedgerLine]) -> Section:
+    objective = next(iter(scores_of(result)), None)
+    goal = objective.label if objective else "the objective"
+    effort = f"{_count(result.candidates_tried, 'reduction')} measured on {goal}"
+    if result.candidates_screened:
+        effort = f"{_count(result.candidates_screened, 'reduction')} screened by a gradient, " + effort
+    effort = f"{_count(result.matrices_scanned, 'matrix', 'matrices')} scanned, {effort}."
+    if not result.accepted:
+        return Section(title="What was changed", text=(_nothing_helped(result, lines), effort))
+    unit = loss_unit(objective.metric) if objective else "per item"
+    text = [
+        f"{_count(len(result.accepted), 'matrix', 'matrices')} of lower rank; everything else is the base's, byte for "
+        f"byte. {effort}",
+        f"Change: of the mean loss when it was accepted, in {unit}, ± its paired standard error; negative is better.",
+    ]
+    left_out = len(result.accepted) - _MOST_ROWS
+    if left_out > 0:
+        text.append(f"{left_out} more are in report/ledger.json.")
+    table = Table(
+        header=("matrix", "rank", "directions", "proposed by", "energy", "change", "z"),
+        rows=tuple(_accepted_row(accepted) for accepted in result.accepted[:_MOST_ROWS]),
+    )
+    return Section(title="What was changed", text=tuple(text), table=table)
+
+
+def _accepted_row(accepted: AcceptedReduction) -> tuple[str, ...]:
+    return (
+        accepted.name,
+        f"{accepted.rank} of {accepted.full_rank}",
+        short_truncation(accepted.truncation) + (", shrunk" if accepted.shrink else ""),
+        accepted.rule,
+        "" if accepted.energy is None else f"{accepted.energy:.1%}",
+        with_error(accepted.delta, accepted.standard_error),
+        written_z(accepted.z),
+    )
+
+
+def _nothing_helped(result: LaserResult, lines: Sequence[LedgerLine]) -> str:
+    if result.withdrawn:
+        because = f": {result.withdrawn_because}" if result.withdrawn_because else ""
+        return (
+            f"Nothing. What the search had accepted was withdrawn, since held-out data contradicted it{because}. "
+            "The weights are those of the base, byte for byte."
+        )
+    known = [(line.z, line) for line in lines if line.z is not None and line.delta is not None]
+    closest = ""
+    if known:
+        z, line = min(known, key=lambda pair: pair[0])
+        change = with_error(line.delta, line.standard_error)
+        closest = f" The closest was {line.label}, with a change of {change} (z = {written_z(z)})."
+    return (
+        "Nothing: no reduction made the model significantly better without hurting a guard."
+        f"{closest} The weights are those of the base, byte for byte."
+    )
+
+
+def _comparison(scores: Sequence[PartScore]) -> Section:
+    rows, strong = [], []
+    for number, score in enumerate(scores):
+        rows.append(
+            (
+                score.label,
+                part_title(score.part),
+                written_value(score, score.before, score.before_standard_error),
+                written_value(score, score.after, score.after_standard_error),
+                "" if score.z is None and not score.delta else _change(score),
+                written_z(score.z),
+                f"{score.items:,}",
+            )
+        )
+        if score.z is not None and abs(score.z) >= _CLEAR:
+            strong.append((number, 5))
+    return Section(
+        title="Base and result",
+        text=(
+            "The search items chose the reductions, so their figures flatter the result; the held-out items had to "
+            "confirm it; the report items had no part in any decision. Both models saw the same items: z is the mean "
+            "change of the loss over its paired standard error (negative is better; bold from 2 on), and says more "
+            "than the two values do, whose own errors are those of drawing other items.",
+        ),
+        table=Table(
+            header=("measured", "part", "base", "this model", "change of the loss", "z", "items"),
+            rows=tuple(rows),
+            strong=tuple(strong),
+        ),
+    )
+
+
+def _change(score: PartScore) -> str:
+    return f"{with_error(score.delta, score.delta_standard_error)} {loss_unit(score.metric)}"
+
+
+def _storage(result: LaserResult) -> Section:
+    saved = 1 - result.parameters / result.parameters_before
+    return Section(
+        title="Stored as factors",
+        text=(
+            f"Reduced matrices are stored as two factors: {result.parameters:,} parameters, {saved:.1%} fewer than "
+            f"the base's {result.parameters_before:,}. transformers refuses such a model until one has written: "
+            "import aidocks.laser.factored. Where that is not possible, aidocks.laser.factors.to_dense makes an "
+            "ordinary checkpoint of it.",
+        ),
+    )
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _write_json(target: Path, content: Any) -> OutputFile:

@@ -1,21 +1,39 @@
-"""From matrices to accepted reductions: scan, measure, compose, verify."""
+"""From matrices to accepted reductions: scan, propose, screen, measure, compose, verify."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from aidocks.evaluate.perplexity import PerplexityResult, compare
-from aidocks.evaluate.texts import Split, TextSource
-from aidocks.laser.evaluation import EvaluateReductions
-from aidocks.laser.matrices import Matrix
-from aidocks.laser.scan import MatrixSpectrum, ScanMatrix
-from aidocks.laser.selection import Candidate, choose_candidates, compose_greedily
-from aidocks.plan import Stage
-from aidocks.specs.laser import BeforeAfter, LaserSpec
+from aidocks.checkpoints.files import OutputFile
+from aidocks.checkpoints.reader import Checkpoint
+from aidocks.evaluate.measurements import Pairs
+from aidocks.evaluate.objectives import ObjectiveSource, Part
+from aidocks.laser.calibration import CollectCovariances
+from aidocks.laser.decomposition import DecomposeMatrix, Decomposition
+from aidocks.laser.evaluation import Change, MeasureChange
+from aidocks.laser.matrices import Matrix, Reduction
+from aidocks.laser.scan import MatrixSpectrum
+from aidocks.laser.scan_operation import HashWeights, scan
+from aidocks.laser.screening import ScreenCandidate, ScreenCandidates, combine
+from aidocks.laser.selection import (
+    GUARD_Z,
+    Candidate,
+    Composition,
+    Proposal,
+    choose_predicted,
+    order_proposals,
+    propose,
+)
+from aidocks.plan import Stage, Unit
+from aidocks.specs.laser import LaserSpec, Truncation
+
+#: Shares of the calibration data, fixed, so that the sums do not depend on the number of workers.
+COVARIANCE_SHARDS = 2
+GRADIENT_GROUPS = 8
 
 
 @dataclass(frozen=True)
@@ -23,17 +41,21 @@ class Findings:
     """What the search found.
 
     Attributes:
+        file_hashes: SHA-256 of the base's weight files by name.
+        candidates: All that were measured, in the order of selection.
         accepted: Reductions of the result, in order of acceptance.
-        candidates: All that were tried, in the order of selection.
-        withdrawn: True when the held-out chunks contradicted the search, so nothing is accepted.
+        screened: Reductions that the gradient pass judged.
+        scores: Of objective and guards, base against result, on each part that was measured.
+        withdrawn: Why nothing is accepted although the search accepted something; None where that is not so.
     """
 
+    file_hashes: Mapping[str, str]
     spectra: tuple[MatrixSpectrum, ...]
     candidates: tuple[Candidate, ...]
     accepted: tuple[Candidate, ...]
-    search: BeforeAfter
-    held_out: BeforeAfter
-    withdrawn: bool
+    screened: int
+    scores: Mapping[Part, tuple[Pairs, ...]]
+    withdrawn: str | None
 
 
 @dataclass(frozen=True)
@@ -41,124 +63,247 @@ class Search:
     """The search of one request.
 
     Attributes:
-        base: Checkpoint directory of the base.
+        base: The model.
+        objectives: The one that decides, then the guards.
+        workspace: Directory of the job; what is computed on the way is written there.
+        cache_dir: Where singular values are kept.
         parallelism: Measurements at once, without influence on the findings.
         say: Tells people what was found.
     """
 
     spec: LaserSpec
-    base: Path
-    text: TextSource
+    base: Checkpoint
+    objectives: tuple[ObjectiveSource, ...]
+    workspace: Path
+    cache_dir: Path
     parallelism: int
     say: Callable[[str], None]
 
     def run(self, matrices: Sequence[Matrix]) -> Generator[Stage, list[Any], Findings]:
         """Yield the stages of the search over these matrices and return its findings."""
-        spectra = yield from self._scan(matrices)
-        candidates = choose_candidates(spectra, self.spec.rule, self.spec.num_candidates)
-        self.say(
-            f"Scanned {len(spectra)} matrices; the rule {self.spec.rule} gives {len(candidates)} candidates."
-        )
-        (baseline,) = yield Stage("baseline", (self._unit((), "the base", "search", None),))
-        self.say(f"The base has perplexity {_number(baseline.perplexity)} on the search chunks.")
-        unit = partial(self._unit, split="search", dtype=baseline.dtype)
-        measured: list[PerplexityResult] = []
-        if candidates:
-            measured = yield Stage("candidates", tuple(unit((c,), c.label) for c in candidates))
-        candidates = [
-            candidate.model_copy(update={"alone": compare(baseline, result)})
-            for candidate, result in zip(candidates, measured, strict=True)
-        ]
-        accepted, decided, final = yield from compose_greedily(
+        (hashes,) = yield Stage("hash", (HashWeights(checkpoint=self.base.path, cache_dir=self.cache_dir),))
+        keeps = tuple(sorted({share for _, share in self.spec.decisions if share is not None}))
+        spectra = yield from scan(self.base, matrices, hashes.files, keeps, self.cache_dir)
+        proposals = propose(spectra, self.spec)
+        self.say(f"Scanned {len(spectra)} matrices; the rules propose {len(proposals)} reductions.")
+        candidates = yield from self._candidates(proposals)
+        candidates = yield from self._measure(candidates)
+        composition = Composition(
             candidates,
-            measured,
-            baseline,
-            unit,
+            self._unit,
             z_threshold=self.spec.z_threshold,
             max_accepted=self.spec.max_accepted,
             parallelism=self.parallelism,
+            in_order=self.spec.selection == "backward",
         )
-        held_out = yield from self._verify(accepted, baseline.dtype)
-        return self._conclude(spectra, candidates, accepted, decided, (baseline, final), held_out)
+        candidates = yield from composition.run()
+        judged = yield from self._verify(candidates, composition.accepted)
+        return Findings(
+            file_hashes=hashes.files,
+            spectra=spectra,
+            screened=len(proposals) if self.spec.selection == "gradient" else 0,
+            **judged,
+        )
 
-    def _scan(self, matrices: Sequence[Matrix]) -> Generator[Stage, list[Any], tuple[MatrixSpectrum, ...]]:
-        # Longest first, so that no worker is left with a long one at the end.
-        ordered = sorted(matrices, key=lambda matrix: (-matrix.cost, matrix.layer, matrix.name))
-        results = yield Stage("scan", tuple(ScanMatrix(checkpoint=self.base, matrix=m) for m in ordered))
-        return tuple(sorted(results, key=lambda s: (s.matrix.layer, s.matrix.name)))
+    def _candidates(self, proposals: Sequence[Proposal]) -> Generator[Stage, list[Any], list[Candidate]]:
+        """Choose what is measured, by gradient or by the order that the request asks for."""
+        if self.spec.selection != "gradient":
+            return (yield from self._decompose(order_proposals(proposals, self.spec)))
+        candidates = yield from self._decompose(proposals)
+        if not candidates:
+            return []
+        candidates = yield from self._screen(candidates)
+        chosen = choose_predicted(candidates, self.spec.num_candidates)
+        self.say(
+            f"The gradient pass judged {len(candidates)} reductions; the best {len(chosen)} are measured."
+        )
+        return chosen
+
+    def _screen(self, candidates: Sequence[Candidate]) -> Generator[Stage, list[Any], list[Candidate]]:
+        """Return the candidates with what one gradient pass predicts of them."""
+        asked = _screen_candidates(candidates)
+        units = tuple(
+            ScreenCandidates(
+                checkpoint=self.base.path,
+                objective=self.objectives[0],
+                group=group,
+                groups=GRADIENT_GROUPS,
+                candidates=asked,
+            )
+            for group in range(GRADIENT_GROUPS)
+        )
+        screened = yield Stage("screen", units)
+        predictions = {(p.address, p.truncation, p.rank, p.shrink): p for p in combine(asked, screened)}
+        return [
+            candidate.judged(prediction=predictions.get(_cut(candidate.reduction)))
+            for candidate in candidates
+        ]
+
+    def _decompose(self, proposals: Sequence[Proposal]) -> Generator[Stage, list[Any], list[Candidate]]:
+        covariances: tuple[OutputFile, ...] = ()
+        informed = sorted({p.matrix.address for p in proposals if p.truncation == "activation_aware"})
+        if informed:
+            written = yield Stage("calibrate", self._calibration_units(informed))
+            covariances = tuple(file for part in written for file in part.files)
+        wanted: dict[tuple[str, Truncation], list[Proposal]] = {}
+        for proposal in proposals:
+            wanted.setdefault((proposal.matrix.address, proposal.truncation), []).append(proposal)
+        order = sorted(wanted, key=lambda key: (-wanted[key][0].matrix.cost, key))
+        units = tuple(self._decomposition_unit(wanted[key], key[1], covariances) for key in order)
+        made: list[Decomposition] = (yield Stage("decompose", units)) if units else []
+        bases = dict(zip(order, made, strict=True))
+        found: dict[tuple[str, int, str, bool], Candidate] = {}
+        for proposal in proposals:
+            basis = bases[proposal.matrix.address, proposal.truncation]
+            # Where nothing is known of the inputs, both truncations are the same.
+            key = (proposal.matrix.address, proposal.rank, basis.truncation, proposal.shrink)
+            found.setdefault(key, _candidate(proposal, basis))
+        return list(found.values())
+
+    def _measure(self, candidates: Sequence[Candidate]) -> Generator[Stage, list[Any], list[Candidate]]:
+        """Measure every candidate alone, layer by layer, so that what a worker keeps of a layer serves again."""
+        if not candidates:
+            return []
+        ordered = sorted(candidates, key=lambda c: (c.proposal.matrix.order, c.proposal.rank))
+        changes = yield Stage("candidates", tuple(self._unit((), (c,), c.label) for c in ordered))
+        known = {c.reduction: change for c, change in zip(ordered, changes, strict=True)}
+        return [c.measured(known[c.reduction], self.spec.z_threshold) for c in candidates]
 
     def _verify(
-        self, accepted: Sequence[Candidate], dtype: str
-    ) -> Generator[Stage, list[Any], tuple[PerplexityResult, PerplexityResult]]:
-        before = self._unit((), "the base on held-out chunks", "held_out", dtype)
-        after = self._unit(accepted, "the result on held-out chunks", "held_out", dtype)
-        results = yield Stage("verify", (before, after) if accepted else (before,))
-        return results[0], results[-1]
-
-    def _conclude(
-        self,
-        spectra: tuple[MatrixSpectrum, ...],
-        candidates: Sequence[Candidate],
-        accepted: Sequence[Candidate],
-        decided: Sequence[Candidate],
-        search: tuple[PerplexityResult, PerplexityResult],
-        held_out: tuple[PerplexityResult, PerplexityResult],
-    ) -> Findings:
-        verdicts = {candidate.matrix.name: candidate for candidate in decided}
-        withdrawn = bool(accepted) and compare(*held_out).worsened(self.spec.z_threshold)
-        self._tell(accepted, before_after(*held_out), withdrawn)
+        self, candidates: Sequence[Candidate], accepted: Sequence[Candidate]
+    ) -> Generator[Stage, list[Any], dict[str, Any]]:
+        """Measure what was accepted on held-out data, which may object; return what to tell, with its figures."""
+        parts: tuple[Part, ...] = ("search", "held_out")
+        changes = yield Stage("verify", tuple(self._final_unit(accepted, part) for part in parts))
+        withdrawn = _objection(changes[1], self.objectives) if accepted else None
         if withdrawn:
-            withdraw = {"verdict": "withdrawn"}
-            verdicts |= {c.matrix.name: c.model_copy(update=withdraw) for c in accepted}
-            accepted, search, held_out = (), (search[0], search[0]), (held_out[0], held_out[0])
-        return Findings(
-            spectra=spectra,
-            candidates=tuple(verdicts.get(c.matrix.name, c) for c in candidates),
-            accepted=tuple(accepted),
-            search=before_after(*search),
-            held_out=before_after(*held_out),
-            withdrawn=withdrawn,
+            self.say(f"Withdrawn: {withdrawn} The result is the base.")
+            gone = {candidate.reduction for candidate in accepted}
+            candidates = [c.judged(verdict="withdrawn") if c.reduction in gone else c for c in candidates]
+            accepted = ()
+            changes = yield Stage("measure the base", tuple(self._final_unit((), part) for part in parts))
+        reported = yield Stage("report figures", (self._final_unit(accepted, "report"),))
+        scores = dict(
+            zip((*parts, "report"), (change.pairs for change in (*changes, *reported)), strict=True)
         )
+        self._tell(accepted, scores["report"])
+        return {
+            "candidates": tuple(candidates),
+            "accepted": tuple(accepted),
+            "scores": scores,
+            "withdrawn": withdrawn,
+        }
 
-    def _tell(self, accepted: Sequence[Candidate], held_out: BeforeAfter, withdrawn: bool) -> None:
+    def _tell(self, accepted: Sequence[Candidate], scores: Sequence[Pairs]) -> None:
         if not accepted:
             self.say("No reduction helped significantly: the result is the base, unchanged.")
             return
         names = ", ".join(candidate.label for candidate in accepted)
-        change = f"{_number(held_out.before)} -> {_number(held_out.after)} (z {_number(held_out.z)})"
-        self.say(f"Accepted: {names}. Held-out perplexity {change}.")
-        if withdrawn:
-            self.say("The held-out chunks contradict the search: all withdrawn, the result is the base.")
+        before, after = scores[0].value_before.value, scores[0].value_after.value
+        z = _number(scores[0].comparison.z)
+        change = f"{_number(before)} -> {_number(after)} (z {z})"
+        self.say(f"Accepted: {names}. {self.objectives[0].label}, on data never seen: {change}.")
 
-    def _unit(
-        self, reductions: Sequence[Candidate], subject: str, split: Split, dtype: str | None
-    ) -> EvaluateReductions:
-        return EvaluateReductions(
-            checkpoint=self.base,
-            reductions=tuple(sorted((c.reduction for c in reductions), key=lambda r: r.name)),
-            text=self.text,
-            split=split,
-            seq_length=self.spec.seqlen,
-            chunks=self.spec.chunks,
-            seed=self.spec.seed,
-            dtype=dtype,
+    def _calibration_units(self, addresses: Sequence[str]) -> tuple[Unit[Any], ...]:
+        return tuple(
+            CollectCovariances(
+                checkpoint=self.base.path,
+                objective=self.objectives[0],
+                matrices=tuple(addresses),
+                directory=self.workspace / "calibration",
+                shard=shard,
+                shards=COVARIANCE_SHARDS,
+            )
+            for shard in range(COVARIANCE_SHARDS)
+        )
+
+    def _decomposition_unit(
+        self, proposals: Sequence[Proposal], truncation: Truncation, covariances: tuple[OutputFile, ...]
+    ) -> DecomposeMatrix:
+        return DecomposeMatrix(
+            checkpoint=self.base.path,
+            matrix=proposals[0].matrix,
+            truncation=truncation,
+            covariances=covariances if truncation == "activation_aware" else (),
+            directory=self.workspace / "bases",
+            ranks=tuple(sorted({proposal.rank for proposal in proposals})),
+        )
+
+    def _unit(self, base: Sequence[Candidate], added: Sequence[Candidate], subject: str) -> MeasureChange:
+        return self._change(base, added, "search", self.spec.z_threshold, subject)
+
+    def _final_unit(self, accepted: Sequence[Candidate], part: Part) -> MeasureChange:
+        return self._change((), accepted, part, None, f"base and result on the {part.replace('_', '-')} data")
+
+    def _change(
+        self,
+        base: Sequence[Candidate],
+        added: Sequence[Candidate],
+        part: Part,
+        z_threshold: float | None,
+        subject: str,
+    ) -> MeasureChange:
+        return MeasureChange(
+            checkpoint=self.base.path,
+            base=_in_order(base),
+            added=_in_order(added),
+            objectives=self.objectives,
+            part=part,
+            z_threshold=z_threshold,
             subject=subject,
         )
 
 
-def before_after(before: PerplexityResult, after: PerplexityResult) -> BeforeAfter:
-    """Summarise two measurements on the same chunks."""
-    change = compare(before, after)
-    return BeforeAfter(
-        before=before.perplexity,
-        before_standard_error=before.standard_error,
-        after=after.perplexity,
-        after_standard_error=after.standard_error,
-        delta=change.delta,
-        delta_standard_error=change.standard_error,
-        z=change.z,
-        tokens=before.total_tokens,
+def _candidate(proposal: Proposal, basis: Decomposition) -> Candidate:
+    reduction = Reduction(
+        address=proposal.matrix.address,
+        rank=proposal.rank,
+        basis=basis.file.path,
+        sha256=basis.file.sha256,
+        truncation=basis.truncation,
+        shrink=proposal.shrink,
     )
+    energy = dict(zip(basis.ranks, basis.energies, strict=True))[proposal.rank]
+    proposal = proposal.model_copy(update={"truncation": basis.truncation, "energy": energy})
+    return Candidate(proposal=proposal, reduction=reduction)
+
+
+def _cut(reduction: Reduction) -> tuple[str, Truncation, int, bool]:
+    return reduction.address, reduction.truncation, reduction.rank, reduction.shrink
+
+
+def _screen_candidates(candidates: Sequence[Candidate]) -> tuple[ScreenCandidate, ...]:
+    """Return what a gradient pass is asked: every basis once, with all cuts that it serves."""
+    reductions = sorted((candidate.reduction for candidate in candidates), key=_cut)
+    return tuple(
+        ScreenCandidate(
+            address=address,
+            truncation=truncation,
+            basis=members[0].basis,
+            sha256=members[0].sha256,
+            ranks=tuple(member.rank for member in members if not member.shrink),
+            shrunken_ranks=tuple(member.rank for member in members if member.shrink),
+        )
+        for (address, truncation), group in groupby(reductions, key=lambda r: (r.address, r.truncation))
+        for members in [list(group)]
+    )
+
+
+def _in_order(candidates: Sequence[Candidate]) -> tuple[Reduction, ...]:
+    """Return the reductions by address, so that equal sets are equal units."""
+    return tuple(sorted((c.reduction for c in candidates), key=lambda reduction: reduction.address))
+
+
+def _objection(change: Change, objectives: Sequence[ObjectiveSource]) -> str | None:
+    """Say what speaks against publishing a result, on data that no choice has seen; None when nothing does."""
+    decisive, *guards = change.pairs
+    delta = decisive.comparison.delta
+    if delta is None or delta >= 0:
+        return f"on held-out data the {objectives[0].label} is not better."
+    for guard, pairs in zip(objectives[1:], guards, strict=True):
+        if pairs.comparison.worsened(GUARD_Z):
+            return f"on held-out data the guard {guard.label} is worse (z {_number(pairs.comparison.z)})."
+    return None
 
 
 def _number(value: float | None) -> str:

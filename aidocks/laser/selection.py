@@ -1,131 +1,316 @@
-"""Which reductions are tried, and which are kept: decisions as plain data, without any model."""
+"""Which reductions are measured, and which are kept: decisions as plain data, without any model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from aidocks.evaluate.perplexity import Comparison, PerplexityResult, compare
+from aidocks.evaluate.perplexity import Comparison
+from aidocks.laser.evaluation import Change, MeasureChange
 from aidocks.laser.matrices import Matrix, Reduction
-from aidocks.laser.scan import MatrixSpectrum
-from aidocks.plan import Stage, Unit
-from aidocks.specs.laser import Rule
+from aidocks.laser.scan import MatrixSpectrum, decision_key
+from aidocks.laser.screening import Prediction
+from aidocks.plan import Stage
+from aidocks.specs.laser import LaserSpec, Truncation
+
+#: A guard is hurt when it gets worse by so many paired standard errors.
+GUARD_Z = 2.0
+#: Reductions that helped by at least so many standard errors alone, but not significantly, are tried together.
+GROUP_Z = 1.0
+#: Measured reductions of one matrix, at most, of those that a prediction proposes.
+PER_MATRIX = 2
 
 Verdict = Literal[
-    "accepted", "not significant", "not significant in composition", "limit reached", "withdrawn"
+    "accepted",
+    "accepted in a group",
+    "not significant",
+    "hurts a guard",
+    "not significant in composition",
+    "another reduction of this matrix was accepted",
+    "limit reached",
+    "withdrawn",
 ]
 
 
-class Candidate(BaseModel):
-    """One reduction that is tried, with all that the trial told: a line of the ledger.
+class Proposal(BaseModel):
+    """A rank for a matrix.
 
     Attributes:
-        rank: Rank that the rule keeps.
-        energy: Share of the squared Frobenius norm that is kept.
-        alone: Effect of this reduction alone on the base.
-        composed: Effect on top of the reductions accepted before it; None when that was not measured.
+        rules: What proposed it, such as ``laserrmt`` or ``fraction 0.1``.
+        shrink: Whether the kept singular values shrink, too.
+        energy: Share of the squared Frobenius norm in the components that a cut by weight would keep.
+        noise_ratio: Corrected signal-to-noise ratio of the matrix.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     matrix: Matrix
+    rules: tuple[str, ...]
     rank: int
+    truncation: Truncation
+    shrink: bool
     energy: float
-    noise_ratio: float | None = Field(description="Corrected signal-to-noise ratio, the order of `snr`.")
+    noise_ratio: float | None
+
+
+class Candidate(BaseModel):
+    """A proposal that is measured, with all that was found out about it.
+
+    Attributes:
+        reduction: The same as units are told.
+        prediction: What one gradient pass said.
+        alone: Effect on the base; None when it was not measured.
+        items: Chunks or questions that it was measured on.
+        guards: The same of every guard; empty when the objective already said no.
+        composed: Effect on top of the reductions accepted before it; None when that was not measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    proposal: Proposal
+    reduction: Reduction
+    prediction: Prediction | None = None
     alone: Comparison | None = None
+    items: int = 0
+    guards: tuple[Comparison, ...] = ()
     composed: Comparison | None = None
     verdict: Verdict = "not significant"
 
     @property
-    def reduction(self) -> Reduction:
-        return Reduction(name=self.matrix.name, rank=self.rank)
+    def address(self) -> str:
+        return self.proposal.matrix.address
 
     @property
     def label(self) -> str:
-        return f"{self.matrix.name} rank {self.rank}/{self.matrix.full_rank}"
+        return f"{self.address} rank {self.proposal.rank}/{self.proposal.matrix.full_rank}"
 
+    def judged(self, **update: object) -> Candidate:
+        """Return the candidate with more known about it."""
+        return self.model_copy(update=update)
 
-def choose_candidates(spectra: Sequence[MatrixSpectrum], rule: Rule, limit: int | None) -> list[Candidate]:
-    """Return the reductions to try, the noisiest matrix first.
-
-    Args:
-        spectra: Of all matrices that the request covers.
-        rule: Decides the rank. A matrix of which it keeps everything is no candidate.
-        limit: How many, at most; None for all.
-    """
-    reducible = [s for s in spectra if s.decisions[rule].rank < s.matrix.full_rank]
-    ordered = sorted(reducible, key=lambda s: (s.noise_ratio, s.matrix.layer, s.matrix.name))
-    return [
-        Candidate(
-            matrix=spectrum.matrix,
-            rank=spectrum.decisions[rule].rank,
-            energy=spectrum.decisions[rule].energy,
-            noise_ratio=spectrum.decisions["marchenko_pastur"].snr,
+    def measured(self, change: Change, z_threshold: float) -> Candidate:
+        """Return the candidate with its effect alone, and the verdict on that."""
+        decisive, *guards = change.pairs
+        alone = decisive.comparison
+        verdict: Verdict = "not significant"
+        if alone.improved(z_threshold) and not helps(change, z_threshold):
+            verdict = "hurts a guard"
+        return self.judged(
+            alone=alone,
+            items=len(decisive.positions),
+            guards=tuple(pairs.comparison for pairs in guards),
+            verdict=verdict,
         )
-        for spectrum in ordered[:limit]
-    ]
 
 
-#: Makes the unit that measures a set of reductions; the text says what is measured.
-MakeUnit = Callable[[Sequence[Candidate], str], Unit[PerplexityResult]]
+def propose(spectra: Iterable[MatrixSpectrum], spec: LaserSpec) -> list[Proposal]:
+    """Return every rank that a rule of the request gives to a matrix; equal ones once, with all of their rules.
 
-
-def compose_greedily(
-    candidates: Sequence[Candidate],
-    measured: Sequence[PerplexityResult],
-    baseline: PerplexityResult,
-    make_unit: MakeUnit,
-    *,
-    z_threshold: float,
-    max_accepted: int | None,
-    parallelism: int,
-) -> Generator[Stage, list[PerplexityResult], tuple[list[Candidate], list[Candidate], PerplexityResult]]:
-    """Accept one reduction after another, each because it helps on top of those accepted before.
-
-    Those that helped significantly alone are tested again, the most helpful first. The next ``parallelism``
-    of them are measured at once on the present state; the first that helps is accepted and the measurements
-    after it are discarded, because the state has changed. So the answer is that of a strictly sequential
-    search.
-
-    Args:
-        candidates: With ``alone`` set.
-        measured: The result of each candidate alone, in the same order.
-        baseline: Result of the base.
-        make_unit: See :data:`MakeUnit`.
-        z_threshold: Significance that both tests require.
-        max_accepted: Accepted reductions at most.
-        parallelism: Measurements at once. Without influence on the result.
-
-    Returns:
-        The accepted candidates in order of acceptance, all that were looked at here with their verdicts,
-        and the result of the last accepted state.
+    A rule that keeps everything, or nothing, proposes nothing.
     """
-    results = {c.matrix.name: result for c, result in zip(candidates, measured, strict=True)}
-    waiting = sorted(
-        (c for c in candidates if c.alone is not None and c.alone.improved(z_threshold)),
-        key=lambda c: (c.alone.delta if c.alone else None, c.matrix.name),
+    found: dict[tuple[str, int, Truncation, bool], Proposal] = {}
+    for spectrum in spectra:
+        for rule, share in spec.decisions:
+            key = decision_key(rule, share)
+            decision = spectrum.decisions[key]
+            if not 0 < decision.rank < spectrum.matrix.full_rank:
+                continue
+            for truncation in spec.truncations_of(rule):
+                shrink = rule == "optimal_shrinkage"
+                place = (spectrum.matrix.address, decision.rank, truncation, shrink)
+                known = found.get(place)
+                found[place] = Proposal(
+                    matrix=spectrum.matrix,
+                    rules=(*known.rules, key) if known else (key,),
+                    rank=decision.rank,
+                    truncation=truncation,
+                    shrink=shrink,
+                    energy=decision.energy,
+                    noise_ratio=spectrum.noise_ratio,
+                )
+    return list(found.values())
+
+
+def order_proposals(proposals: Sequence[Proposal], spec: LaserSpec) -> list[Proposal]:
+    """Return the proposals that are measured where no gradient chooses, in the order in which they are.
+
+    ``backward`` goes from the last layer to the first, everything else from the noisiest matrix on.
+    """
+    if spec.selection == "backward":
+        ordered = sorted(proposals, key=lambda p: (-_layer(p.matrix), p.matrix.address, p.rank))
+    else:
+        ordered = sorted(proposals, key=lambda p: (_ratio(p), _layer(p.matrix), p.matrix.address, p.rank))
+    return ordered[: spec.num_candidates]
+
+
+def choose_predicted(candidates: Sequence[Candidate], limit: int | None) -> list[Candidate]:
+    """Return the candidates that the gradient pass thinks best of, the best first, some of each matrix at most."""
+    ordered = sorted(
+        (c for c in candidates if c.prediction is not None),
+        key=lambda c: (c.prediction.merit if c.prediction else 0.0, c.address, c.proposal.rank),
     )
-    accepted: list[Candidate] = []
-    decided: list[Candidate] = []
-    current = baseline
-    while waiting and (max_accepted is None or len(accepted) < max_accepted):
-        batch = waiting[: parallelism if accepted else 1]
+    taken: dict[str, int] = {}
+    chosen = []
+    for candidate in ordered:
+        if taken.get(candidate.address, 0) < PER_MATRIX:
+            taken[candidate.address] = taken.get(candidate.address, 0) + 1
+            chosen.append(candidate)
+    return chosen[:limit]
+
+
+def helps(change: Change, z_threshold: float) -> bool:
+    """Say whether the objective improved significantly while no guard was hurt."""
+    decisive, *guards = change.pairs
+    return decisive.comparison.improved(z_threshold) and not any(
+        pairs.comparison.worsened(GUARD_Z) for pairs in guards
+    )
+
+
+#: Makes the unit that measures reductions on top of others; the text says what is measured.
+MakeUnit = Callable[[Sequence[Candidate], Sequence[Candidate], str], MeasureChange]
+
+
+@dataclass
+class Composition:
+    """The composition of measured candidates, one acceptance after another.
+
+    Those that helped significantly alone are tested again on top of what was accepted before, the most helpful first
+    (or, for ``backward``, in the order of the candidates). The next ``parallelism`` of them are measured at once on the
+    present state; the first that helps is accepted and the measurements after it are discarded, because the state has
+    changed. So the answer is that of a strictly sequential search, whatever the parallelism. Last, those that helped
+    alone, but not significantly, are tried together: all, the better half, the better quarter of them and so on.
+
+    Attributes:
+        candidates: Measured ones, with ``alone`` set.
+        make_unit: See :data:`MakeUnit`.
+        z_threshold: Significance that every test requires.
+        max_accepted: Accepted reductions at most; None for no limit.
+        parallelism: Measurements at once.
+        in_order: Whether to keep the order of the candidates.
+        accepted: In order of acceptance.
+    """
+
+    candidates: Sequence[Candidate]
+    make_unit: MakeUnit
+    z_threshold: float
+    max_accepted: int | None
+    parallelism: int
+    in_order: bool = False
+    accepted: list[Candidate] = field(default_factory=list)
+    _verdicts: dict[Reduction, Candidate] = field(default_factory=dict)
+
+    def run(self) -> Generator[Stage, list[Change], list[Candidate]]:
+        """Yield the stages of the composition; return all candidates with their verdicts, in the order given."""
+        yield from self._one_by_one()
+        yield from self._together()
+        return [self._verdicts.get(candidate.reduction, candidate) for candidate in self.candidates]
+
+    def _one_by_one(self) -> Generator[Stage, list[Change], None]:
+        waiting = [c for c in self.candidates if self._promising(c)]
+        if not self.in_order:
+            waiting.sort(key=lambda c: (_delta(c), c.address, c.proposal.rank))
+        while waiting and self._room():
+            batch = waiting[: self.parallelism] if self.accepted else waiting[:1]
+            tried: Sequence[Change | None] = [None]
+            if self.accepted:
+                tried = yield Stage("compose", tuple(self._unit((c,), f"+ {c.label}") for c in batch))
+            for candidate, change in zip(batch, tried, strict=True):
+                waiting.remove(candidate)
+                if self._decide(candidate, change):
+                    break
+            waiting = self._drop_taken(waiting)
+        for candidate in waiting:
+            self._note(candidate.judged(verdict="limit reached"))
+
+    def _promising(self, candidate: Candidate) -> bool:
+        alone = candidate.alone
+        return alone is not None and alone.improved(self.z_threshold) and candidate.verdict != "hurts a guard"
+
+    def _decide(self, candidate: Candidate, change: Change | None) -> bool:
+        """Accept a candidate or not; without a change, because it helped alone and nothing was accepted yet."""
+        effect = change.pairs[0].comparison if change else candidate.alone
+        accepted = change is None or helps(change, self.z_threshold)
+        verdict: Verdict = "accepted" if accepted else "not significant in composition"
+        candidate = candidate.judged(composed=effect, verdict=verdict)
+        self._note(candidate)
         if accepted:
-            tried = yield Stage("compose", tuple(make_unit([*accepted, c], f"+ {c.label}") for c in batch))
-        else:
-            tried = [results[batch[0].matrix.name]]
-        for candidate, result in zip(batch, tried, strict=True):
-            waiting.remove(candidate)
-            effect = compare(current, result)
-            helps = effect.improved(z_threshold)
-            verdict: Verdict = "accepted" if helps else "not significant in composition"
-            candidate = candidate.model_copy(update={"composed": effect, "verdict": verdict})
-            decided.append(candidate)
-            if helps:
-                accepted.append(candidate)
-                current = result
-                break
-    decided += [c.model_copy(update={"verdict": "limit reached"}) for c in waiting]
-    return accepted, decided, current
+            self.accepted.append(candidate)
+        return accepted
+
+    def _together(self) -> Generator[Stage, list[Change], None]:
+        """Try the weakly helpful ones in nested groups; accept the group that helps most, if one does."""
+        if not self._room():
+            return
+        taken = {candidate.address for candidate in self.accepted}
+        weak = [c for c in self.candidates if c.address not in taken and self._weakly_helpful(c)]
+        best_of_matrix: dict[str, Candidate] = {}
+        for candidate in sorted(weak, key=lambda c: (_z(c), c.address, c.proposal.rank)):
+            best_of_matrix.setdefault(candidate.address, candidate)
+        members = list(best_of_matrix.values())[: self._remaining()]
+        groups = [members[: len(members) >> halvings] for halvings in range(len(members).bit_length())]
+        groups = [group for group in groups if len(group) > 1]
+        if not groups:
+            return
+        units = tuple(self._unit(group, f"{len(group)} weaker ones together") for group in groups)
+        changes = yield Stage("compose groups", units)
+        helpful = [
+            (change.pairs[0].comparison, group)
+            for group, change in zip(groups, changes, strict=True)
+            if helps(change, self.z_threshold)
+        ]
+        if not helpful:
+            return
+        effect, group = min(helpful, key=lambda pair: (pair[0].delta, len(pair[1])))
+        for candidate in group:
+            candidate = candidate.judged(composed=effect, verdict="accepted in a group")
+            self._note(candidate)
+            self.accepted.append(candidate)
+
+    def _weakly_helpful(self, candidate: Candidate) -> bool:
+        alone = self._verdicts.get(candidate.reduction, candidate)
+        return (
+            alone.verdict == "not significant"
+            and alone.alone is not None
+            and alone.alone.improved(GROUP_Z)
+            and not any(guard.worsened(GUARD_Z) for guard in alone.guards)
+        )
+
+    def _drop_taken(self, waiting: Sequence[Candidate]) -> list[Candidate]:
+        """Return those whose matrix no accepted reduction changes; note that of the others."""
+        taken = {candidate.address for candidate in self.accepted}
+        for candidate in waiting:
+            if candidate.address in taken:
+                self._note(candidate.judged(verdict="another reduction of this matrix was accepted"))
+        return [candidate for candidate in waiting if candidate.address not in taken]
+
+    def _room(self) -> bool:
+        return self.max_accepted is None or len(self.accepted) < self.max_accepted
+
+    def _remaining(self) -> int | None:
+        return None if self.max_accepted is None else self.max_accepted - len(self.accepted)
+
+    def _unit(self, added: Sequence[Candidate], subject: str) -> MeasureChange:
+        return self.make_unit(self.accepted, added, subject)
+
+    def _note(self, candidate: Candidate) -> None:
+        self._verdicts[candidate.reduction] = candidate
+
+
+def _layer(matrix: Matrix) -> int:
+    return -1 if matrix.layer is None else matrix.layer
+
+
+def _ratio(proposal: Proposal) -> float:
+    return math.inf if proposal.noise_ratio is None else proposal.noise_ratio
+
+
+def _delta(candidate: Candidate) -> float:
+    return candidate.alone.delta if candidate.alone and candidate.alone.delta is not None else math.inf
+
+
+def _z(candidate: Candidate) -> float:
+    return candidate.alone.z if candidate.alone and candidate.alone.z is not None else math.inf

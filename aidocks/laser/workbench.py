@@ -1,18 +1,24 @@
-"""A loaded model whose matrices are swapped for reduced ones and put back, bit for bit."""
+"""A loaded model whose matrices are swapped for reduced ones and put back, bit for bit, and measured in between."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import IncompatibleModels
 from aidocks.evaluate.causal_lm import CausalLM, load
-from aidocks.laser.spectrum import reduce_rank
+from aidocks.evaluate.measurements import Pairs, decide, finite_losses
+from aidocks.evaluate.objectives import ObjectiveSource, Part
+from aidocks.evaluate.scoring import Batch, Forward, Task, context_length, load_task
+from aidocks.laser.matrices import Reduction, find_matrices, stored_matrix
+from aidocks.laser.suffix import DEFAULT_LIMIT, SuffixForward
+from aidocks.laser.truncation import load_basis, reduce
 from aidocks.plan import UnitContext
 
 # transformers 5 keeps the experts of a layer in two three-dimensional parameters, whose first half along
@@ -27,70 +33,243 @@ _FUSED_KINDS = {
     "w2": ("down_proj", None),
     "down_proj": ("down_proj", None),
 }
+#: `name[3]`: the matrix of expert 3 in a tensor that holds those of all.
+_SLICE = re.compile(r"(?P<name>.+)\[(?P<expert>\d+)\]")
+
+State = dict[str, Reduction]
+
+
+class Slot(NamedTuple):
+    """Where a loaded network keeps a matrix of its checkpoint.
+
+    Attributes:
+        parameter: The whole parameter.
+        expert: Which slice of it along the first axis; None for all of it.
+        half: Which half of that along the next axis (gate 0, up 1); None for all of it.
+    """
+
+    parameter: torch.Tensor
+    expert: int | None = None
+    half: int | None = None
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the matrix's part of a tensor of the parameter's shape (itself, its gradient), as a 2-D view."""
+        part = tensor if self.expert is None else tensor[self.expert]
+        return part if self.half is None else part.chunk(2)[self.half]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The loaded values, as a view that can be written to."""
+        return self.view(self.parameter.data)
 
 
 class Workbench:
-    """One model on one worker, in a known state: the base with :attr:`applied` reductions.
+    """One model on one worker, in a known state: the base reductions, and for a moment others on top of them.
 
     A reduced matrix is always computed from the stored one, as the writer of the result does, and a matrix
     that is put back comes from a copy taken when it was first replaced: so a state never depends on the
     states before it.
     """
 
-    def __init__(self, model: CausalLM, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: CausalLM, checkpoint: Checkpoint, *, limit: int = DEFAULT_LIMIT) -> None:
         self.model = model
-        self.applied: dict[str, int] = {}
+        self.suffix = SuffixForward(model.network, limit=limit)
+        self.applied: State = {}
+        self.base: State = {}
         self._checkpoint = checkpoint
+        self._matrices = {m.address: m for m in find_matrices(checkpoint.entries, all_weights=True)}
+        self._slots: dict[str, Slot] = {}
         self._originals: dict[str, torch.Tensor] = {}
+        self._reduced: dict[Reduction, torch.Tensor] = {}
+        self._part: Part | None = None
+        self._tasks: dict[str, Task] = {}
+        self._before: dict[str, dict[int, list[float]]] = {}
 
-    def apply(self, reductions: Mapping[str, int]) -> None:
-        """Bring the model to the state in which exactly these matrices (name -> rank) are reduced."""
-        for name in [name for name in self.applied if name not in reductions]:
-            parameter_slot(self.model.network, name).copy_(self._originals.pop(name))
-            del self.applied[name]
-        for name, rank in reductions.items():
-            if self.applied.get(name) == rank:
+    def apply(self, reductions: Sequence[Reduction]) -> None:
+        """Bring the model to the state in which exactly these matrices are reduced; of one matrix the last counts.
+
+        Raises:
+            IncompatibleModels: When transformers keeps one of them in a form that is not known here.
+        """
+        state = {reduction.address: reduction for reduction in reductions}
+        for address in [address for address in self.applied if address not in state]:
+            self._slot(address).values.copy_(self._originals.pop(address))
+            del self.applied[address]
+        for address, reduction in state.items():
+            if self.applied.get(address) == reduction:
                 continue
-            slot = parameter_slot(self.model.network, name)
-            stored = self._checkpoint.tensor(name).to(slot.device)
-            if slot.shape != stored.shape:
-                raise _not_addressable(name)
-            reduced = reduce_rank(stored, rank)
-            if name not in self._originals:
-                self._originals[name] = slot.clone()
+            slot = self._slot(address)
+            reduced = self._reduce(reduction, slot)
+            if address not in self._originals:
+                self._originals[address] = slot.values.clone()
             # Noted before the copy: if that is interrupted, the next call still puts the original back.
-            self.applied[name] = rank
-            slot.copy_(reduced)
+            self.applied[address] = reduction
+            slot.values.copy_(reduced)
+
+    def set_base(self, reductions: Sequence[Reduction]) -> None:
+        """Choose the state that changes are compared with; what was kept of the layers below the change stays."""
+        base = {reduction.address: reduction for reduction in reductions}
+        changed = [
+            address
+            for address in base.keys() | self.base.keys()
+            if base.get(address) != self.base.get(address)
+        ]
+        if changed:
+            # Forgotten first: when the new base turns out to be impossible, nothing stale is left.
+            self.suffix.forget(self._start(changed))
+            self._before.clear()
+            self.base = base
+
+    def measure(
+        self,
+        source: ObjectiveSource,
+        part: Part,
+        added: Sequence[Reduction] = (),
+        *,
+        z_threshold: float | None = None,
+    ) -> Pairs:
+        """Measure the base and the base with further reductions on the same items.
+
+        Args:
+            source: With sizes.
+            part: Of its data.
+            added: On top of the base.
+            z_threshold: Stop at a look as soon as :func:`~aidocks.evaluate.measurements.decide` has decided; None
+                to measure all items. It always stops at the first loss of a changed model that is not finite.
+
+        Returns:
+            The items measured so far, and their losses.
+        """
+        key = source.model_dump_json()
+        task = self._task(key, source, part)
+        base, state = list(self.base.values()), [*self.base.values(), *added]
+        self._reduced = {r: reduced for r, reduced in self._reduced.items() if r in state}
+        start = self._start([reduction.address for reduction in added])
+        positions: list[int] = []
+        before: list[float] = []
+        after: list[float] = []
+        tokens = 0
+        for batches in task.segments:
+            self._fill(key, task, batches, base)
+            if added:
+                self.apply(state)
+            for batch in batches:
+                known = self._before[key][batch.number]
+                changed = self._losses(task, batch, key, start=start, keep=False) if added else known
+                positions += [item.position for item in batch.items]
+                before += known
+                after += changed
+                tokens += batch.tokens
+                if None in finite_losses(changed):
+                    return self._pairs(task, positions, before, after, tokens)
+            pairs = self._pairs(task, positions, before, after, tokens)
+            if z_threshold is not None and decide(pairs, task.size, z_threshold) != "continue":
+                break
+        return pairs
+
+    def _fill(self, key: str, task: Task, batches: Sequence[Batch], base: Sequence[Reduction]) -> None:
+        """Measure the base on batches on which it was not measured yet, and keep what its layers put out."""
+        known = self._before.setdefault(key, {})
+        missing = [batch for batch in batches if batch.number not in known]
+        if missing:
+            self.apply(base)
+        for batch in missing:
+            known[batch.number] = self._losses(task, batch, key, start=self.suffix.depth, keep=True)
+
+    @torch.inference_mode()
+    def _losses(self, task: Task, batch: Batch, key: str, *, start: int, keep: bool) -> list[float]:
+        forward: Forward = partial(self.suffix.forward, (key, batch.number), start=start, keep=keep)
+        losses: list[float] = task.losses(batch, forward).tolist()
+        return losses
+
+    def _pairs(
+        self, task: Task, positions: list[int], before: list[float], after: list[float], tokens: int
+    ) -> Pairs:
+        return Pairs(
+            metric=task.metric,
+            positions=tuple(positions),
+            before=finite_losses(before),
+            after=finite_losses(after),
+            tokens=tokens,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+        )
+
+    def _task(self, key: str, source: ObjectiveSource, part: Part) -> Task:
+        if part != self._part:
+            # The units of one stage are of one part: what was kept of another is not needed any more.
+            self._part = part
+            self._tasks.clear()
+            self._before.clear()
+            self.suffix.forget()
+        if key not in self._tasks:
+            longest = context_length(self.model.network)
+            self._tasks[key] = load_task(source, part, self.model.tokenizer, longest=longest)
+            self.suffix.expect(
+                sum(batch.ids_BT.numel() for task in self._tasks.values() for batch in task.batches)
+            )
+        return self._tasks[key]
+
+    def _start(self, addresses: Sequence[str]) -> int:
+        """Return the first layer that a change of these matrices touches."""
+        starts = [self.suffix.start_of(self._slot(address).parameter) for address in addresses]
+        return min(starts, default=self.suffix.depth)
+
+    def _slot(self, address: str) -> Slot:
+        if address not in self._slots:
+            self._slots[address] = locate(self.model.network, address)
+        return self._slots[address]
+
+    def _reduce(self, reduction: Reduction, slot: Slot) -> torch.Tensor:
+        """Return what the writer of the result writes for a reduction, before the network's type rounds it."""
+        if reduction not in self._reduced:
+            matrix = self._matrices.get(reduction.address)
+            if matrix is None:
+                raise _not_addressable(reduction.address)
+            stored = stored_matrix(self._checkpoint, matrix).to(slot.values.device)
+            if reduction.address not in self._originals and not _same(slot.values, stored):
+                raise _not_addressable(reduction.address)
+            basis = load_basis(reduction.basis, str(stored.device))
+            self._reduced[reduction] = reduce(stored, basis, reduction.rank, shrink=reduction.shrink)
+        return self._reduced[reduction]
 
 
-def parameter_slot(network: Any, name: str) -> torch.Tensor:
-    """Return the loaded values of a checkpoint's matrix, as a view that can be written to.
+def _same(loaded: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Say whether a matrix is kept as it is stored; some models transpose or merge theirs while loading."""
+    return loaded.shape == stored.shape and torch.equal(loaded, stored.to(loaded.dtype))
+
+
+def locate(network: Any, address: str) -> Slot:
+    """Return where a loaded network keeps a matrix of its checkpoint.
 
     Raises:
         IncompatibleModels: When transformers keeps this matrix in a form that is not known here.
     """
     parameters = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    sliced = _SLICE.fullmatch(address)
+    name = sliced["name"] if sliced else address
     for spelling in (
         name,
         f"{network.base_model_prefix}.{name}",
         name.replace(".block_sparse_moe.", ".mlp."),
     ):
-        if spelling in parameters:
-            found: torch.Tensor = parameters[spelling].data
-            return found
-    match = _EXPERT.fullmatch(name.replace(".block_sparse_moe.", ".mlp."))
+        found = parameters.get(spelling)
+        if found is None:
+            continue
+        expert = int(sliced["expert"]) if sliced else None
+        if found.ndim == (2 if expert is None else 3) and (expert is None or expert < len(found)):
+            return Slot(found, expert)
+    match = _EXPERT.fullmatch(address.replace(".block_sparse_moe.", ".mlp."))
     if match and match["kind"] in _FUSED_KINDS:
         parameter, half = _FUSED_KINDS[match["kind"]]
         fused = parameters.get(f"{match['prefix']}.{parameter}")
         if fused is not None and int(match["expert"]) < fused.shape[0]:
-            expert: torch.Tensor = fused.data[int(match["expert"])]
-            return expert if half is None else expert.chunk(2)[half]
-    raise _not_addressable(name)
+            return Slot(fused, int(match["expert"]), half)
+    raise _not_addressable(address)
 
 
-def _not_addressable(name: str) -> IncompatibleModels:
+def _not_addressable(address: str) -> IncompatibleModels:
     return IncompatibleModels(
-        f"transformers does not keep the matrix {name} in a form that can be replaced.",
+        f"transformers does not keep the matrix {address} in a form that can be replaced.",
         field="base_model_name",
         hint="Leave its kind out of `kinds`.",
     )

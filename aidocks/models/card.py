@@ -140,7 +140,10 @@ def _parents(manifest: Manifest) -> str:
 
 def _usage(manifest: Manifest) -> str:
     kind = "AutoModelForCausalLM" if _is_causal(manifest) else "AutoModel"
-    code = (
+    # Models whose matrices are stored as factors load once the module is there that knows them.
+    factored = (manifest.architecture or "").startswith("Factored")
+    code = "import aidocks.laser.factored\n" if factored else ""
+    code += (
         f"from transformers import AutoTokenizer, {kind}\n\n"
         f'path = "{manifest.name}"  # this directory, or the model\'s id on a hub\n'
         f"tokenizer = AutoTokenizer.from_pretrained(path)\n"

@@ -1,19 +1,29 @@
-"""The request and the result of ``/laser``: rank reduction of matrices, kept where it measurably helps."""
+"""The request of ``/laser``: rank reduction of matrices, kept where it measurably helps."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from aidocks.specs.base import ModelName, ModelRef, ModelResult, PublishableSpec
+from aidocks.specs.base import ModelName, ModelRef, PublishableSpec
+from aidocks.specs.objective import Objective
 
-#: Candidates that are tried when the request does not say how many: what the original LaserRMT tries.
-DEFAULT_CANDIDATES = 15
+#: Candidates that are tried when the request does not say how many.
+DEFAULT_CANDIDATES = 30
 
-Rule = Literal["marchenko_pastur", "laserrmt"]
-Selection = Literal["snr", "exhaustive"]
+Rule = Literal[
+    "laserrmt", "marchenko_pastur", "gavish_donoho", "optimal_shrinkage", "screenot", "fraction", "energy"
+]
+Truncation = Literal["activation_aware", "weight"]
+Selection = Literal["gradient", "snr", "backward", "exhaustive"]
+Output = Literal["dense", "factored"]
+
+#: What `keep` is when the request does not say: LASER's grid of fractions, and one share of the energy.
+DEFAULT_FRACTIONS = (0.9, 0.8, 0.4, 0.2, 0.1, 0.05, 0.01)
+DEFAULT_ENERGIES = (0.9,)
+DEFAULT_RULES: tuple[Rule, ...] = ("laserrmt", "marchenko_pastur", "gavish_donoho", "fraction")
 
 
 def _parse_layers(layers: Any) -> Any:
@@ -32,21 +42,29 @@ def _parse_layers(layers: Any) -> Any:
     return tuple(numbers)
 
 
+def _split(given: Any) -> Any:
+    """Read ``"a, b"`` as the words that it lists."""
+    return tuple(word.strip() for word in given.split(",")) if isinstance(given, str) else given
+
+
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...] | None, BeforeValidator(_parse_layers)]
 
+
+Rules = Annotated[tuple[Rule, ...], BeforeValidator(_split), Field(min_length=1)]
+Truncations = Annotated[tuple[Truncation, ...], BeforeValidator(_split), Field(min_length=1)]
+Kinds = Annotated[tuple[str, ...] | None, BeforeValidator(_split)]
 
 EXAMPLE: dict[str, Any] = {
     "base_model_name": "smollm2-135m-instruct",
     "laser_model_name": "smollm2-135m-instruct-laser",
-    "layers": "11-18",
-    "kinds": ["v_proj"],
-    "rule": "laserrmt",
-    "chunks": 64,
+    "kinds": ["k_proj", "v_proj"],
+    "rule": ["laserrmt", "marchenko_pastur"],
+    "guards": ["accuracy:capitals"],
 }
 
 
 class LaserSpec(PublishableSpec):
-    """Reduce the rank of weight matrices where that lowers perplexity significantly.
+    """Reduce the rank of weight matrices where that measurably makes the model better.
 
     The original body (``base_model_name``, ``laser_model_name``, ``publish``, ``trainer``,
     ``top_k_layers``, ``mode``, ``seqlen``) works as it is.
@@ -66,8 +84,9 @@ class LaserSpec(PublishableSpec):
         None,
         ge=1,
         le=100_000,
-        description=f"How many matrices to try. Default: {DEFAULT_CANDIDATES}.",
-        examples=[15],
+        description=f"How many reductions to measure. Default: {DEFAULT_CANDIDATES}, or all of them for `backward` "
+        "and `exhaustive`.",
+        examples=[30],
     )
     top_k_layers: int | None = Field(
         None,
@@ -77,10 +96,38 @@ class LaserSpec(PublishableSpec):
         examples=[15],
     )
     mode: Literal["perplexity"] = Field(
-        "perplexity", description="What decides: perplexity on `text`, measured on paired chunks."
+        "perplexity", description="The original name of what decides; use `objective` for anything else."
+    )
+    objective: Objective | None = Field(
+        None,
+        description="What decides, as `metric:data`. Metrics: `perplexity` of a text, `accuracy` or `log_likelihood` "
+        "of a set of questions, `preference` of chosen over rejected answers. Default: perplexity of `text`.",
+        examples=["accuracy:capitals"],
+    )
+    guards: tuple[Objective, ...] = Field(
+        (),
+        max_length=8,
+        description="Further objectives that no reduction may make significantly worse.",
+        examples=[["accuracy:capitals"]],
+    )
+    text: str = Field(
+        "prose",
+        min_length=1,
+        max_length=4096,
+        description="Text to measure perplexity on: `prose` (shipped, public domain), or the path of a .txt or .jsonl "
+        "file (with a `text` field) below an allowed root.",
+        examples=["prose"],
     )
     seqlen: int = Field(
-        128, ge=8, le=32_768, description="Length of an evaluation chunk, in tokens.", examples=[128]
+        128, ge=8, le=32_768, description="Length of a chunk of text, in tokens.", examples=[128]
+    )
+    chunks: int | None = Field(
+        None,
+        ge=8,
+        le=100_000,
+        description="Chunks of text that the search measures on; as many others verify the result, and as many again "
+        "report it. Default: up to 128, as the text allows.",
+        examples=[64],
     )
     layers: Layers = Field(
         None,
@@ -88,50 +135,57 @@ class LaserSpec(PublishableSpec):
         description="Layers to consider, counted from 0, as a list or as ranges ('16-25,28'). Default: all.",
         examples=[[16, 17, 18]],
     )
-    kinds: tuple[str, ...] | None = Field(
+    kinds: Kinds = Field(
         None,
         min_length=1,
         description="Kinds of matrices to consider: the last module name of a weight. Default: all.",
         examples=[["k_proj", "v_proj"]],
     )
-    rule: Rule = Field(
-        "marchenko_pastur",
-        description="How the kept rank is chosen: the Marchenko-Pastur edge with sigma from the median "
-        "singular value, or `laserrmt`, the original rule (interquartile range of the singular values).",
-        examples=["marchenko_pastur"],
+    rule: Rules = Field(
+        DEFAULT_RULES,
+        description="How ranks are chosen; of several rules, each gives a candidate for every matrix. `laserrmt` is "
+        "the original's; `marchenko_pastur`, `gavish_donoho` and `screenot` are thresholds of random matrix theory; "
+        "`optimal_shrinkage` also shrinks what it keeps; `fraction` and `energy` keep the shares in `keep`.",
+        examples=[["laserrmt", "marchenko_pastur"]],
+    )
+    keep: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=32,
+        description="For `fraction`: shares of the full rank; for `energy`: shares of the squared Frobenius norm.",
+        examples=[[0.8, 0.4, 0.1]],
+    )
+    truncation: Truncations | None = Field(
+        None,
+        description="Which components are dropped: those that matter least for the layer's output on real inputs "
+        "(`activation_aware`), or those of the smallest singular values (`weight`); of both, each is a candidate. "
+        "Default: `activation_aware`; for `optimal_shrinkage`, which shrinks a matrix's own singular values, `weight`.",
+        examples=[["activation_aware"]],
     )
     selection: Selection = Field(
-        "snr",
-        description="Which matrices are tried: the `candidates` of lowest signal-to-noise ratio, or all "
-        "(`exhaustive`).",
-        examples=["snr"],
+        "gradient",
+        description="Which reductions are measured: those that one gradient pass predicts to help most (`gradient`), "
+        "those of the noisiest matrices (`snr`), all from the last layer to the first (`backward`), or all of them, "
+        "the best first (`exhaustive`).",
+        examples=["gradient"],
     )
-    text: str = Field(
-        "prose",
-        min_length=1,
-        max_length=4096,
-        description="Text to measure on: `prose` (shipped, public domain), or the path of a .txt or .jsonl "
-        "file (with a `text` field) below an allowed root.",
-        examples=["prose"],
-    )
-    chunks: int = Field(
-        32,
-        ge=2,
-        le=100_000,
-        description="Evaluation chunks of the search; as many others are held out to verify the result.",
-        examples=[32],
+    output: Output = Field(
+        "dense",
+        description="How reduced matrices are stored: as they were (`dense`), or as two factors with fewer parameters "
+        "(`factored`; loads with `aidocks.laser.factored`).",
+        examples=["dense"],
     )
     max_accepted: int | None = Field(
-        None, ge=1, description="Stop after so many accepted matrices. Default: no limit.", examples=[5]
+        None, ge=1, description="Stop after so many accepted reductions. Default: no limit.", examples=[5]
     )
     z_threshold: float = Field(
         3.0,
         gt=0,
         le=100,
-        description="A matrix is accepted when the mean loss falls by so many paired standard errors.",
+        description="A reduction is accepted when the objective improves by so many paired standard errors.",
         examples=[3.0],
     )
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Chooses which chunks belong to which split.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Chooses which data belong to which part.")
     max_shard_size: str = Field(
         "5GB", description="Largest weight file of the result, such as 500MB or 5GB.", examples=["5GB"]
     )
@@ -141,73 +195,49 @@ class LaserSpec(PublishableSpec):
     def _only_perplexity(cls, mode: object) -> object:
         if mode == "benchmark":
             raise ValueError(
-                "mode 'benchmark' is not available: the original scored generated answers by embedding "
-                "similarity, which does not measure quality; use 'perplexity'"
+                "mode 'benchmark' is not available: the original scored generated answers by embedding similarity, "
+                "which does not measure quality; give `objective` 'preference:<pairs.jsonl>' for chosen and rejected "
+                "answers, or 'accuracy:<questions.jsonl>'"
             )
         return mode
-
-    @field_validator("kinds", mode="before")
-    @classmethod
-    def _split_kinds(cls, kinds: object) -> object:
-        return tuple(kind.strip() for kind in kinds.split(",")) if isinstance(kinds, str) else kinds
 
     @model_validator(mode="after")
     def _agree(self) -> LaserSpec:
         if self.candidates is not None and self.top_k_layers is not None:
             raise ValueError("give either `candidates` or its original name `top_k_layers`, not both")
         if self.selection == "exhaustive" and (self.candidates or self.top_k_layers):
-            raise ValueError("`exhaustive` tries every matrix: leave `candidates` out, or select by `snr`")
+            raise ValueError(
+                "`exhaustive` measures everything: leave `candidates` out, or select by `gradient`"
+            )
+        if self.keep is not None and not {"fraction", "energy"} & set(self.rule):
+            raise ValueError("`keep` belongs to the rules `fraction` and `energy`; add one of them to `rule`")
+        if "optimal_shrinkage" in self.rule and self.truncation and "weight" not in self.truncation:
+            raise ValueError(
+                "`optimal_shrinkage` shrinks the matrix's own singular values: add 'weight' to `truncation`"
+            )
         return self
 
     @property
     def num_candidates(self) -> int | None:
-        """How many matrices to try; None stands for all of them."""
+        """How many reductions to measure; None stands for all of them."""
         if self.selection == "exhaustive":
             return None
-        return self.candidates or self.top_k_layers or DEFAULT_CANDIDATES
+        given = self.candidates or self.top_k_layers
+        return given if self.selection == "backward" else given or DEFAULT_CANDIDATES
 
+    def truncations_of(self, rule: Rule) -> tuple[Truncation, ...]:
+        """How a rank that this rule gives is realised."""
+        if rule == "optimal_shrinkage":
+            return ("weight",)
+        return self.truncation or ("activation_aware",)
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    @property
+    def decisive(self) -> Objective:
+        """What decides."""
+        return self.objective or Objective(metric="perplexity", data=self.text)
 
-
-class AcceptedReduction(_Part):
-    """One matrix of the result whose rank was reduced, with the evidence for it."""
-
-    name: str = Field(description="Full parameter name.")
-    layer: int
-    kind: str
-    rank: int = Field(description="Rank that was kept.")
-    full_rank: int = Field(description="Rank before: the smaller side of the matrix.")
-    delta: float = Field(description="Change of the mean loss (nats per token) when it was accepted.")
-    standard_error: float = Field(description="Paired standard error of that change.")
-    z: float = Field(description="delta / standard_error.")
-
-
-class BeforeAfter(_Part):
-    """Perplexity of base and result on the same chunks; None stands for a loss that is not finite."""
-
-    before: float | None
-    before_standard_error: float | None
-    after: float | None
-    after_standard_error: float | None
-    delta: float | None = Field(description="Mean change of the loss in nats per token; negative is better.")
-    delta_standard_error: float | None = Field(description="Paired standard error of the change.")
-    z: float | None = Field(description="delta / its standard error; None when nothing changed.")
-    tokens: int = Field(description="Tokens that were predicted.")
-
-
-class LaserResult(ModelResult):
-    """What a ``/laser`` job returns."""
-
-    accepted: tuple[AcceptedReduction, ...] = Field(
-        (), description="Reduced matrices, in order of acceptance."
-    )
-    search: BeforeAfter = Field(description="On the chunks that the search used.")
-    held_out: BeforeAfter = Field(description="On chunks that the search never saw.")
-    withdrawn: bool = Field(
-        False, description="True when the held-out chunks contradicted the search, so the result is the base."
-    )
-    candidates_tried: int = Field(description="Matrices whose reduction was measured.")
-    matrices_scanned: int = Field(description="Matrices whose spectrum was computed.")
-    parameters: int = Field(description="Parameters of the result (its storage is dense).")
+    @property
+    def decisions(self) -> tuple[tuple[Rule, float | None], ...]:
+        """The rules, each with every share that it shall keep (None for rules that find the rank themselves)."""
+        shares = {"fraction": self.keep or DEFAULT_FRACTIONS, "energy": self.keep or DEFAULT_ENERGIES}
+        return tuple((rule, share) for rule in self.rule for share in shares.get(rule, (None,)))

@@ -42,7 +42,7 @@ def operations_router() -> APIRouter:
     router = APIRouter(tags=["operations"])
     for registration in OPERATIONS:
         router.add_api_route(
-            f"/{registration.name}",
+            registration.endpoint,
             _submission(registration),
             methods=["POST"],
             status_code=202,

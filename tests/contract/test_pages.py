@@ -56,7 +56,7 @@ def test_the_document_describes_every_operation_and_error(api: FastAPI) -> None:
     document = api.openapi()
     schemas = document["components"]["schemas"]
     for registration in OPERATIONS:
-        post = document["paths"][f"/{registration.name}"]["post"]
+        post = document["paths"][registration.endpoint]["post"]
         reference = post["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         schema = schemas[reference.rpartition("/")[2]]
         assert schema["title"] == registration.spec_type().__name__

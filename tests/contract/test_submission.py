@@ -195,7 +195,7 @@ def test_no_bytes_make_the_service_fail(client: Any, problem: Problem, body: byt
 def test_every_operation_has_its_endpoint(api: FastAPI) -> None:
     paths = api.openapi()["paths"]
     for registration in OPERATIONS:
-        assert paths[f"/{registration.name}"]["post"]["summary"] == registration.summary
+        assert paths[registration.endpoint]["post"]["summary"] == registration.summary
 
 
 def test_submitting_loads_neither_torch_nor_ray(home: Path, client: Any, laser_body: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aidocks.laser import marchenko_pastur as mp
+from aidocks.laser.rules import decide, known_sigma_threshold, omega, shrink_factors
 
 
 @pytest.mark.parametrize(("beta", "expected"), [(1.0, 0.8079), (0.375, 0.9346), (0.25, 0.9571)])
@@ -15,15 +16,16 @@ def test_median_of_the_law(beta: float, expected: float) -> None:
     assert mp.median(beta) == pytest.approx(expected, abs=6e-5)
 
 
-# Gavish and Donoho (arXiv 1305.5870), table IV: omega(beta) = lambda(beta) / sqrt(mu_beta), here checked
-# through mu.
 @pytest.mark.parametrize(
-    ("beta", "omega"), [(1.0, 2.858), (0.375, 2.007), (1 / 3, 1.951), (0.286, 1.887), (0.25, 1.837)]
+    ("beta", "expected"), [(1.0, 2.858), (0.375, 2.007), (1 / 3, 1.951), (0.286, 1.887), (0.25, 1.837)]
 )
-def test_median_through_the_gavish_donoho_coefficient(beta: float, omega: float) -> None:
-    root = math.sqrt(beta**2 + 14 * beta + 1)
-    known_sigma = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + root))
-    assert known_sigma / mp.median(beta) == pytest.approx(omega, abs=1e-3)
+def test_omega_of_gavish_and_donoho(beta: float, expected: float) -> None:
+    """arXiv 1305.5870, table IV."""
+    assert omega(beta) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_threshold_for_known_noise() -> None:
+    assert known_sigma_threshold(1.0) == pytest.approx(4 / math.sqrt(3))
 
 
 @pytest.mark.parametrize(
@@ -65,18 +67,48 @@ def test_gaussian_noise_of_the_shapes_of_a_small_language_model(
     assert corrected.sigma == pytest.approx(1.0, rel=0.01)
 
 
+# Twenty spikes (ten in the smallest shape) of 1 to 6 times sigma * sqrt(M) in unit noise. Columns: rank and relative
+# squared error of the original rule, then errors of the edge, of the hard threshold, of the shrinker, of the true rank.
 @pytest.mark.parametrize(
-    ("shape", "planted", "original_rank"),
-    [((576, 576), 20, 136), ((576, 1536), 20, 480), ((192, 576), 10, 174)],
+    ("shape", "planted", "original", "edge", "hard", "shrunk", "oracle"),
+    [
+        ((576, 576), 20, (136, 1.119), 0.148, 0.146, 0.121, 0.155),
+        ((576, 1536), 20, (480, 1.819), 0.101, 0.099, 0.084, 0.101),
+        ((192, 576), 10, (174, 1.225), 0.097, 0.093, 0.079, 0.097),
+    ],
 )
-def test_planted_signals_are_found_by_the_edge_and_drowned_by_the_original_rule(
-    shape: tuple[int, int], planted: int, original_rank: int
+def test_recovery_of_planted_signals(
+    shape: tuple[int, int],
+    planted: int,
+    original: tuple[int, float],
+    edge: float,
+    hard: float,
+    shrunk: float,
+    oracle: float,
 ) -> None:
     random = np.random.default_rng(1)
-    small, large = shape
-    left, _ = np.linalg.qr(random.standard_normal((small, planted)))
-    right, _ = np.linalg.qr(random.standard_normal((large, planted)))
-    spikes = np.linspace(1.5, 6.0, planted) * math.sqrt(large)
-    values = np.linalg.svd((left * spikes) @ right.T + random.standard_normal(shape), compute_uv=False)
-    assert abs(mp.marchenko_pastur(values, shape).rank - planted) <= 1
-    assert mp.laserrmt(values, shape).rank == pytest.approx(original_rank, rel=0.05)
+    left, _ = np.linalg.qr(random.standard_normal((shape[0], planted)))
+    right, _ = np.linalg.qr(random.standard_normal((shape[1], planted)))
+    signal = (left * (np.linspace(1.0, 6.0, planted) * math.sqrt(max(shape)))) @ right.T
+    u, s, vh = np.linalg.svd(signal + random.standard_normal(shape), full_matrices=False)
+
+    def error(factors: np.ndarray) -> float:
+        return float(np.square((u * (s * factors)) @ vh - signal).sum() / np.square(signal).sum())
+
+    def cut(rank: int) -> float:
+        return error(np.arange(len(s)) < rank)
+
+    # The table was measured with other spikes of the same kind.
+    of_table = {"rel": 0.12}
+    original_rank, original_error = original
+    assert decide("laserrmt", s, shape).rank == pytest.approx(original_rank, rel=0.03)
+    assert cut(decide("laserrmt", s, shape).rank) == pytest.approx(original_error, **of_table)
+    assert abs(decide("marchenko_pastur", s, shape).rank - planted) <= 2
+    assert cut(decide("marchenko_pastur", s, shape).rank) == pytest.approx(edge, **of_table)
+    assert cut(decide("gavish_donoho", s, shape).rank) == pytest.approx(hard, **of_table)
+    assert error(shrink_factors(s, shape)) == pytest.approx(shrunk, **of_table)
+    assert cut(planted) == pytest.approx(oracle, **of_table)
+
+    assert cut(decide("gavish_donoho", s, shape).rank) <= cut(planted)
+    assert cut(decide("screenot", s, shape).rank) <= cut(planted)
+    assert error(shrink_factors(s, shape)) <= 0.9 * cut(planted)

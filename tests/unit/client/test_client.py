@@ -23,7 +23,8 @@ from aidocks.errors import (
     UnknownModel,
 )
 from aidocks.jobs.model import EventType, Status
-from aidocks.specs.laser import LaserResult, LaserSpec
+from aidocks.specs.laser import LaserSpec
+from aidocks.specs.laser_result import LaserResult
 
 MEASURED = dict.fromkeys(
     (

@@ -17,13 +17,15 @@ from aidocks.laser.operation import Laser
 from aidocks.models.registry import Registry
 from aidocks.plan import Unit, UnitContext
 from aidocks.settings import Settings
-from aidocks.specs.laser import LaserResult, LaserSpec
+from aidocks.specs.laser import LaserSpec
+from aidocks.specs.laser_result import LaserResult, PartScore
 
 SMALL: dict[str, Any] = {
     "seqlen": 48,
-    "chunks": 12,
+    "chunks": 16,
     "kinds": ["k_proj", "o_proj"],
-    "rule": "laserrmt",
+    "rule": "fraction",
+    "keep": [0.4, 0.9],
     "selection": "exhaustive",
     "z_threshold": 1.5,
 }
@@ -116,16 +118,14 @@ def test_a_whole_run(settings: Settings, base: str) -> None:
     driver = Driver(settings)
     result = driver.run(spec(base))
     assert result.accepted, "the threshold of this test is so low that something must pass it"
-    assert result.candidates_tried == result.matrices_scanned == 2 * layers_of(settings, base)
+    assert result.matrices_scanned == 2 * layers_of(settings, base)
+    assert result.candidates_tried == 2 * result.matrices_scanned
     path = registry.path("result")
     assert result.path == str(path)
 
     # What was written is what was measured.
-    measured = MeasurePerplexity(model=path, split="search", seq_length=48, chunks=12).run(UnitContext(path))
-    assert measured.perplexity == pytest.approx(result.search.after, rel=1e-12)
-    assert result.search.after is not None
-    assert result.search.before is not None
-    assert result.search.after < result.search.before
+    assert perplexity(path) == pytest.approx(score(result.search).after, rel=1e-12)
+    assert_better(result)
 
     # Exactly the accepted matrices changed, to the ranks that were reported.
     before, after = tensors(registry.path(base)), tensors(path)
@@ -138,7 +138,7 @@ def test_a_whole_run(settings: Settings, base: str) -> None:
 
     ledger = json.loads((path / "report" / "ledger.json").read_text())
     assert len(ledger["candidates"]) == result.candidates_tried
-    assert {line["name"] for line in ledger["candidates"] if line["accepted"]} == changed
+    assert {line["address"] for line in ledger["candidates"] if line["accepted"]} == changed
     assert len(json.loads((path / "report" / "spectra.json").read_text())) == result.matrices_scanned
     for picture in result.pictures:
         assert (path / picture).read_bytes().startswith(b"\x89PNG")
@@ -147,10 +147,31 @@ def test_a_whole_run(settings: Settings, base: str) -> None:
     manifest = registry.manifest("result")
     assert manifest.operation == "laser"
     assert manifest.parents[0].reference == base
-    assert manifest.metrics["held_out"]["z"] == result.held_out.z
+    assert manifest.metrics["held_out"]["z"] == score(result.held_out).z
+    parts = [score(part) for part in (result.search, result.held_out, result.report)]
+    assert [part.part for part in parts] == ["search", "held_out", "report"]
+    assert (path / "README.md").read_text().count("report") > 0
     listed = {file.path for file in manifest.files}
     assert {"model.safetensors", "config.json", "tokenizer.json", "report/ledger.json"} <= listed
     assert not list(path.rglob("*.tmp*"))
+
+
+def score(part: PartScore | None) -> PartScore:
+    assert part is not None
+    return part
+
+
+def assert_better(result: LaserResult) -> None:
+    search = score(result.search)
+    assert search.before is not None
+    assert search.after is not None
+    assert search.after < search.before
+
+
+def perplexity(model: Path) -> float | None:
+    """Perplexity on the search chunks, measured anew from the files."""
+    measure = MeasurePerplexity(model=model, split="search", seq_length=48, chunks=16)
+    return measure.run(UnitContext(model)).perplexity
 
 
 def test_workers_and_interruptions_leave_no_trace_in_the_result(
@@ -221,11 +242,9 @@ def test_other_architectures(
         source = save_mixtral(tmp_path / "mixtral", tiny_llama)
     registry = Registry(settings.models_dir)
     registry.import_checkpoint("other", source)
-    result = Driver(settings).run(spec("other", kinds=kinds, z_threshold=0.2, rule="marchenko_pastur"))
+    result = Driver(settings).run(spec("other", kinds=kinds, z_threshold=0.2))
     assert result.accepted
-    path = registry.path("result")
-    measured = MeasurePerplexity(model=path, split="search", seq_length=48, chunks=12).run(UnitContext(path))
-    assert measured.perplexity == pytest.approx(result.search.after, rel=1e-9)
+    assert perplexity(registry.path("result")) == pytest.approx(score(result.search).after, rel=1e-9)
 
 
 def test_a_job_that_died_after_publication_ends_with_the_same_result(settings: Settings, base: str) -> None:
@@ -245,8 +264,8 @@ def test_when_nothing_helps_the_result_is_the_base(settings: Settings, base: str
     driver = Driver(settings)
     result = driver.run(spec(base, z_threshold=50))
     assert result.accepted == ()
-    assert result.search.before == result.search.after
-    assert result.held_out.z is None
+    assert score(result.search).before == score(result.search).after
+    assert score(result.held_out).z is None
     assert any("unchanged" in message for message in driver.messages)
     registry = Registry(settings.models_dir)
     assert (
@@ -258,44 +277,80 @@ def test_when_nothing_helps_the_result_is_the_base(settings: Settings, base: str
 def test_a_search_that_held_out_chunks_contradict_is_withdrawn(
     settings: Settings, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aidocks.evaluate.perplexity import Comparison
-    from aidocks.laser import search
+    from aidocks.laser.evaluation import Change, MeasureChange
 
-    honest = search.compare
+    honest = MeasureChange.run
 
-    def contradict(before: Any, after: Any) -> Comparison:
-        real = honest(before, after)
-        held_out = before.positions != positions[0] and real.delta != 0
-        return Comparison(delta=0.1, standard_error=0.01, z=10.0) if held_out else real
+    def contradict(unit: MeasureChange, context: UnitContext) -> Change:
+        change = honest(unit, context)
+        if unit.part != "held_out" or not unit.added:
+            return change
+        worse = tuple(loss + 0.1 for loss in change.pairs[0].before if loss is not None)
+        return Change(pairs=(change.pairs[0].model_copy(update={"after": worse}),))
 
-    positions: list[Any] = []
-    monkeypatch.setattr(search, "compare", lambda a, b: (positions.append(a.positions), contradict(a, b))[1])
+    monkeypatch.setattr(MeasureChange, "run", contradict)
     driver = Driver(settings)
     result = driver.run(spec(base))
     assert result.withdrawn
     assert result.accepted == ()
-    assert result.search.before == result.search.after
+    assert score(result.search).before == score(result.search).after
     ledger = json.loads((Registry(settings.models_dir).path("result") / "report" / "ledger.json").read_text())
-    assert "withdrawn" in {line["verdict"] for line in ledger["candidates"]}
-    assert any("contradict" in message for message in driver.messages)
+    assert "withdrawn" in {line["decision"] for line in ledger["candidates"]}
+    assert any("Withdrawn" in message for message in driver.messages)
+
+
+def test_a_guard_that_gets_worse_stands_in_the_way(settings: Settings, base: str, tmp_path: Path) -> None:
+    """A text as its own guard changes nothing; the result has its figures on two parts."""
+    result = Driver(settings).run(spec(base, guards=["perplexity:prose"]))
+    assert result.accepted
+    assert {guard.part for guard in result.guards} == {"held_out", "report"}
+    assert all(guard.delta == score(result.report).delta for guard in result.guards if guard.part == "report")
+
+
+def test_a_set_of_questions_as_the_objective(settings: Settings, base: str) -> None:
+    fields = {"objective": "log_likelihood:capitals", "selection": "gradient", "candidates": 4}
+    driver = Driver(settings)
+    result = driver.run(spec(base, **fields))
+    assert result.candidates_tried == 4
+    assert result.candidates_screened == 4 * layers_of(settings, base)
+    told = score(result.report)
+    assert (told.metric, told.data) == ("log_likelihood", "capitals")
+    assert {"hash", "scan", "calibrate", "decompose", "screen", "candidates", "verify"} <= set(driver.stages)
+
+
+def test_a_factored_result_has_fewer_parameters_and_the_same_losses(settings: Settings, base: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import aidocks.laser.factored  # noqa: F401 - registers how such a model is loaded
+
+    dense = Driver(settings, job_id="job-dense").run(spec(base, "dense", keep=[0.25]))
+    fields = {"keep": [0.25], "output": "factored"}
+    result = Driver(settings, job_id="job-factored").run(spec(base, "factored", **fields))
+    assert result.accepted == dense.accepted
+    assert result.accepted, "the threshold of this test is so low that something must pass it"
+    registry = Registry(settings.models_dir)
+    loaded = AutoModelForCausalLM.from_pretrained(registry.path("factored"))
+    assert loaded.num_parameters() == result.parameters < result.parameters_before == dense.parameters
+    assert perplexity(registry.path("factored")) == pytest.approx(
+        perplexity(registry.path("dense")), rel=1e-3
+    )
 
 
 def test_the_noisiest_matrices_are_tried_first(settings: Settings, base: str) -> None:
     result = Driver(settings).run(spec(base, selection="snr", top_k_layers=3, kinds=None, z_threshold=50))
     assert (result.candidates_tried, result.matrices_scanned) == (3, 7 * layers_of(settings, base))
     report = Registry(settings.models_dir).path("result") / "report"
-    ratios = sorted(
-        s["decisions"]["marchenko_pastur"]["snr"] for s in json.loads((report / "spectra.json").read_text())
-    )
+    spectra = json.loads((report / "spectra.json").read_text())
+    ratios = sorted(s["decisions"]["marchenko_pastur"]["snr"] for s in spectra)
     tried = [line["snr"] for line in json.loads((report / "ledger.json").read_text())["candidates"]]
-    assert tried == ratios[:3]
+    assert tried == [ratios[0], ratios[0], ratios[1]], "each matrix twice: the rule keeps two shares"
 
 
 def test_exhaustive_tries_every_matrix_of_the_chosen_kinds(settings: Settings, base: str) -> None:
     fields = {"kinds": ["q_proj", "up_proj"], "layers": "1-2", "z_threshold": 50}
     driver = Driver(settings)
     result = driver.run(spec(base, **fields))
-    assert result.candidates_tried == result.matrices_scanned == 4
+    assert (result.candidates_tried, result.matrices_scanned) == (8, 4)
 
 
 def test_the_local_door(settings: Settings, base: str) -> None:
@@ -319,6 +374,8 @@ def test_the_local_door(settings: Settings, base: str) -> None:
         ({"text": "poetry"}, InvalidSpec, "text"),
         ({"text": "/etc/motd.txt"}, PathNotAllowed, "text"),
         ({"chunks": 90_000}, InvalidSpec, "chunks"),
+        ({"objective": "accuracy:nothing"}, InvalidSpec, "objective"),
+        ({"guards": ["perplexity:prose", "accuracy:/etc/motd.jsonl"]}, PathNotAllowed, "guards[1]"),
         ({"seqlen": 513}, InvalidSpec, "seqlen"),
         ({"max_shard_size": "big"}, InvalidSpec, "max_shard_size"),
     ],
@@ -380,7 +437,7 @@ def test_preflight_and_planning_need_no_torch(settings: Settings, base: str) -> 
         "from aidocks.laser.operation import Laser\n"
         "from aidocks.settings import Settings\n"
         "from aidocks.specs.laser import LaserSpec\n"
-        f"spec = LaserSpec(base_model_name={base!r}, laser_model_name='x', seqlen=48, chunks=6)\n"
+        f"spec = LaserSpec(base_model_name={base!r}, laser_model_name='x', seqlen=48, chunks=16)\n"
         "context = plan_context(Settings(), 'job-1')\n"
         "Laser().preflight(spec, context)\n"
         "next(Laser().plan(spec, context))\n"

@@ -3,160 +3,296 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aidocks.evaluate.perplexity import PerplexityResult, compare
-from aidocks.laser.evaluation import EvaluateReductions
-from aidocks.laser.matrices import Matrix
+from aidocks.evaluate.measurements import Pairs
+from aidocks.evaluate.objectives import ObjectiveSource
+from aidocks.evaluate.texts import TextSource
+from aidocks.laser.evaluation import Change, MeasureChange
+from aidocks.laser.matrices import Matrix, Reduction
 from aidocks.laser.scan import MatrixSpectrum, RuleDecision
-from aidocks.laser.selection import Candidate, choose_candidates, compose_greedily
+from aidocks.laser.screening import Prediction
+from aidocks.laser.selection import (
+    Candidate,
+    Composition,
+    Proposal,
+    choose_predicted,
+    order_proposals,
+    propose,
+)
+from aidocks.specs.laser import LaserSpec
 
-CHUNKS = 16
+ITEMS = 16
 
 
-def candidate(index: int) -> Candidate:
-    matrix = Matrix(name=f"layers.{index}.proj.weight", layer=index, kind="proj", shape=(8, 8), dtype="F32")
-    return Candidate(matrix=matrix, rank=4, energy=0.9, noise_ratio=1.0)
+def matrix(index: int, rank: int = 8) -> Matrix:
+    return Matrix(
+        name=f"layers.{index}.proj.weight", layer=index, kind="proj", shape=(rank, rank), dtype="F32"
+    )
 
 
-def losses(delta: float | None) -> PerplexityResult:
-    """Losses that differ from the base by ``delta`` on average, with a standard error of about 0.001."""
-    wobble = [0.004 * (-1) ** i for i in range(CHUNKS)]
-    nll = [
-        None if delta is None else 10 * (3.0 + 0.1 * i + delta + w * bool(delta))
-        for i, w in enumerate(wobble)
-    ]
-    return PerplexityResult(
-        nll=tuple(nll), tokens=(10,) * CHUNKS, positions=tuple(range(CHUNKS)), dtype="float32"
+def candidate(index: int, rank: int = 4) -> Candidate:
+    proposal = Proposal(
+        matrix=matrix(index),
+        rules=("laserrmt",),
+        rank=rank,
+        truncation="weight",
+        shrink=False,
+        energy=0.9,
+        noise_ratio=1.0,
+    )
+    reduction = Reduction(address=proposal.matrix.address, rank=rank, basis=Path("/b"), sha256="0" * 64)
+    return Candidate(proposal=proposal, reduction=reduction)
+
+
+def pairs(delta: float | None) -> Pairs:
+    """Losses that change by ``delta`` on average, with a standard error of about 0.001."""
+    before = tuple(3.0 + 0.1 * i for i in range(ITEMS))
+    after = tuple(
+        None if delta is None else b + delta + 0.004 * (-1) ** i * bool(delta) for i, b in enumerate(before)
+    )
+    return Pairs(
+        metric="perplexity",
+        positions=tuple(range(ITEMS)),
+        before=before,
+        after=after,
+        tokens=ITEMS,
+        dtype="float32",
     )
 
 
 class Simulation:
-    """Effects of sets of reductions: the sum of single effects plus what pairs add."""
+    """Effects of sets of reductions: the sum of single effects plus what pairs of them add.
+
+    Args:
+        single: Of each matrix alone; None is a loss that is not finite.
+        joint: Of two matrices, beside their single effects.
+        harm: What each matrix does to a guard.
+    """
 
     def __init__(
-        self, single: Sequence[float | None], pairs: dict[tuple[int, int], float] | None = None
+        self,
+        single: Sequence[float | None],
+        joint: dict[tuple[int, int], float] | None = None,
+        harm: Sequence[float] | None = None,
     ) -> None:
         self.single = single
-        self.pairs = pairs or {}
-        self.measured = 0
+        self.joint = joint or {}
+        self.harm = harm
+        self.stages: list[int] = []
 
     def effect(self, indices: Sequence[int]) -> float | None:
         alone = [self.single[i] for i in indices]
         if any(effect is None for effect in alone):
             return None
-        joint = sum(self.pairs.get((a, b), 0.0) for a in indices for b in indices if a < b)
-        return sum(effect or 0.0 for effect in alone) + joint
+        together = sum(self.joint.get((a, b), 0.0) for a in indices for b in indices if a < b)
+        return sum(effect or 0.0 for effect in alone) + together
 
-    def run(self, **options: Any) -> tuple[list[int], dict[int, str], PerplexityResult]:
-        candidates = [candidate(i) for i in range(len(self.single))]
-        baseline = losses(0.0)
-        measured = [losses(self.effect([i])) for i in range(len(candidates))]
+    def change(self, base: Sequence[int], added: Sequence[int]) -> Change:
+        before, after = self.effect(base), self.effect([*base, *added])
+        delta = None if before is None or after is None else after - before
+        guard = [pairs(sum(self.harm[i] for i in added))] if self.harm else []
+        return Change(pairs=(pairs(delta), *guard))
+
+    def run(self, in_order: bool = False, **options: Any) -> tuple[list[int], dict[int, str]]:
+        alone = {"z_threshold": 3.0, "max_accepted": None, "parallelism": 1} | options
         candidates = [
-            c.model_copy(update={"alone": compare(baseline, result)})
-            for c, result in zip(candidates, measured, strict=True)
+            candidate(i).measured(self.change([], [i]), alone["z_threshold"]) for i in range(len(self.single))
         ]
-        arguments = {"z_threshold": 3.0, "max_accepted": None, "parallelism": 1} | options
-        plan = compose_greedily(candidates, measured, baseline, _unit, **arguments)
+        composition = Composition(candidates, _unit, in_order=in_order, **alone)
+        plan = composition.run()
         try:
             stage = next(plan)
             while True:
-                self.measured += len(stage.units)
-                results = [losses(self.effect(_indices(unit))) for unit in stage.units]
-                stage = plan.send(results)
+                self.stages.append(len(stage.units))
+                stage = plan.send([self.change(_indices(u.base), _indices(u.added)) for u in stage.units])  # type: ignore[attr-defined]
         except StopIteration as stop:
-            accepted, decided, final = stop.value
-        verdicts = {c.matrix.layer: c.verdict for c in decided}
-        return [c.matrix.layer for c in accepted], verdicts, final
+            judged: list[Candidate] = stop.value
+        assert [c.reduction for c in judged] == [c.reduction for c in candidates]
+        accepted = [_index(c.reduction) for c in composition.accepted]
+        return accepted, {_index(c.reduction): c.verdict for c in judged}
 
 
-def _unit(reductions: Sequence[Candidate], subject: str) -> EvaluateReductions:
-    return EvaluateReductions(
-        checkpoint="/nowhere",
-        reductions=tuple(c.reduction for c in reductions),
-        text="prose",
-        split="search",
-        seq_length=11,
-        chunks=CHUNKS,
-        seed=0,
+def _unit(base: Sequence[Candidate], added: Sequence[Candidate], subject: str) -> MeasureChange:
+    return MeasureChange(
+        checkpoint=Path("/nowhere"),
+        base=tuple(c.reduction for c in base),
+        added=tuple(c.reduction for c in added),
+        objectives=(ObjectiveSource(metric="perplexity", text=TextSource(name="prose")),),
+        part="search",
         subject=subject,
     )
 
 
-def _indices(unit: Any) -> list[int]:
-    return [int(reduction.name.split(".")[1]) for reduction in unit.reductions]
+def _index(reduction: Reduction) -> int:
+    return int(reduction.address.split(".")[1])
+
+
+def _indices(reductions: Sequence[Reduction]) -> list[int]:
+    return [_index(reduction) for reduction in reductions]
 
 
 def test_the_best_is_first_and_needs_no_second_measurement() -> None:
     simulation = Simulation([0.02, -0.05, None, 0.0])
-    accepted, verdicts, final = simulation.run()
-    assert accepted == [1]
-    assert verdicts == {1: "accepted"}
-    assert simulation.measured == 0
-    assert compare(losses(0.0), final).delta == pytest.approx(-0.05, abs=1e-9)
+    assert simulation.run() == (
+        [1],
+        {0: "not significant", 1: "accepted", 2: "not significant", 3: "not significant"},
+    )
+    assert simulation.stages == []
 
 
 def test_what_no_longer_helps_in_company_is_rejected() -> None:
-    simulation = Simulation([-0.05, -0.04, -0.03], pairs={(0, 1): 0.06})
-    accepted, verdicts, _ = simulation.run()
+    accepted, verdicts = Simulation([-0.05, -0.04, -0.03], joint={(0, 1): 0.06}).run()
     assert accepted == [0, 2]
     assert verdicts[1] == "not significant in composition"
 
 
+def test_backward_keeps_the_order_of_the_candidates() -> None:
+    effects = [-0.03, -0.05, -0.04]
+    assert Simulation(effects).run()[0] == [1, 2, 0]
+    assert Simulation(effects).run(in_order=True)[0] == [0, 1, 2]
+
+
 def test_the_limit_ends_the_search() -> None:
-    accepted, verdicts, _ = Simulation([-0.05, -0.04, -0.03]).run(max_accepted=2)
+    accepted, verdicts = Simulation([-0.05, -0.04, -0.03, -0.002, -0.002]).run(max_accepted=2)
     assert accepted == [0, 1]
     assert verdicts[2] == "limit reached"
 
 
 def test_nothing_is_accepted_without_significance() -> None:
-    for effects in ([0.05, 0.0], [-0.002, 0.01], [None, None], []):
-        simulation = Simulation(effects)
-        accepted, _, final = simulation.run()
-        assert accepted == []
-        assert final == losses(0.0)
+    for effects in ([0.05, 0.0], [-0.0005, 0.01], [None, None], []):
+        assert Simulation(effects).run()[0] == []
+
+
+def test_weak_ones_are_accepted_together_or_not_at_all() -> None:
+    weak = [-0.0018] * 4
+    accepted, verdicts = Simulation(weak).run()
+    assert sorted(accepted) == [0, 1, 2, 3]
+    assert set(verdicts.values()) == {"accepted in a group"}
+    # Of nested groups the one that helps most: the whole spoils itself, the better half does not.
+    accepted, _ = Simulation([-0.0022, -0.0021, -0.0018, -0.0017], joint={(2, 3): 0.02}).run()
+    assert accepted == [0, 1]
+    assert Simulation(weak, joint={(a, b): 0.01 for a in range(4) for b in range(4)}).run()[0] == []
+    assert len(Simulation(weak).run(max_accepted=3)[0]) == 3
+
+
+def test_what_hurts_a_guard_is_never_accepted() -> None:
+    accepted, verdicts = Simulation([-0.05, -0.04, -0.0018, -0.0018], harm=[0.01, 0.0, 0.01, 0.0]).run()
+    assert accepted == [1]
+    assert verdicts[0] == "hurts a guard"
+    assert verdicts[2] == "not significant"
+
+
+def test_one_reduction_of_a_matrix_is_enough() -> None:
+    change = Simulation([-0.05]).change([], [0])
+    candidates = [candidate(0, rank).measured(change, 3.0) for rank in (4, 5)]
+    composition = Composition(candidates, _unit, z_threshold=3.0, max_accepted=None, parallelism=2)
+    with pytest.raises(StopIteration) as stop:
+        next(composition.run())
+    assert [c.verdict for c in stop.value.value] == [
+        "accepted",
+        "another reduction of this matrix was accepted",
+    ]
 
 
 @settings(deadline=None)
 @given(
     single=st.lists(st.one_of(st.none(), st.floats(-0.1, 0.05)), min_size=1, max_size=8),
-    pairs=st.dictionaries(
+    joint=st.dictionaries(
         st.tuples(st.integers(0, 7), st.integers(0, 7)), st.floats(-0.05, 0.1), max_size=10
     ),
     parallelism=st.integers(2, 9),
     limit=st.one_of(st.none(), st.integers(1, 4)),
+    in_order=st.booleans(),
 )
 def test_parallelism_changes_nothing(
-    single: list[float | None], pairs: dict[tuple[int, int], float], parallelism: int, limit: int | None
+    single: list[float | None],
+    joint: dict[tuple[int, int], float],
+    parallelism: int,
+    limit: int | None,
+    in_order: bool,
 ) -> None:
-    sequential = Simulation(single, pairs).run(max_accepted=limit)
-    speculative = Simulation(single, pairs).run(max_accepted=limit, parallelism=parallelism)
+    sequential = Simulation(single, joint).run(in_order, max_accepted=limit)
+    speculative = Simulation(single, joint).run(in_order, max_accepted=limit, parallelism=parallelism)
     assert speculative == sequential
+    assert limit is None or len(sequential[0]) <= limit
 
 
-def spectrum(index: int, ranks: tuple[int, int], snr: float | None) -> MatrixSpectrum:
-    def decision(rank: int, snr: float | None) -> RuleDecision:
-        return RuleDecision(rank=rank, sigma=1.0, threshold=1.0, snr=snr, energy=0.5)
-
+def spectrum(index: int, ranks: dict[str, int], snr: float | None) -> MatrixSpectrum:
+    decisions = {
+        key: RuleDecision(rank=rank, sigma=1.0, threshold=1.0, snr=snr, energy=0.5)
+        for key, rank in ({"marchenko_pastur": 8} | ranks).items()
+    }
     return MatrixSpectrum(
-        matrix=candidate(index).matrix,
-        decisions={"marchenko_pastur": decision(ranks[0], snr), "laserrmt": decision(ranks[1], 9.0 - index)},
+        matrix=matrix(index),
+        decisions=decisions,
         singular_values=(1.0,),
         frobenius=1.0,
+        sigma=1.0,
+        bulk_distance=0.0,
     )
 
 
-def test_candidates_come_noisiest_first_and_never_include_a_matrix_that_stays_whole() -> None:
+def spec(**fields: Any) -> LaserSpec:
+    return LaserSpec.model_validate({"base_model_name": "m", "laser_model_name": "n"} | fields)
+
+
+def test_every_rule_and_truncation_proposes_and_agreement_is_one_proposal() -> None:
+    given = spec(rule=["laserrmt", "fraction"], keep=[0.5], truncation=["weight", "activation_aware"])
     spectra = [
-        spectrum(0, (1, 8), 3.0),
-        spectrum(1, (2, 5), 1.0),
-        spectrum(2, (3, 6), 2.0),
-        spectrum(3, (8, 7), None),
+        spectrum(0, {"laserrmt": 4, "fraction 0.5": 4}, 1.0),
+        spectrum(1, {"laserrmt": 8, "fraction 0.5": 0}, 1.0),  # keeps everything, or nothing
+        spectrum(2, {"laserrmt": 3, "fraction 0.5": 4}, 1.0),
     ]
-    by_edge = choose_candidates(spectra, "marchenko_pastur", None)
-    assert [(c.matrix.layer, c.rank) for c in by_edge] == [(1, 2), (2, 3), (0, 1)]
-    assert [(c.matrix.layer, c.rank) for c in choose_candidates(spectra, "laserrmt", 2)] == [(1, 5), (2, 6)]
+    proposed = {(p.matrix.layer, p.rank, p.truncation): p.rules for p in propose(spectra, given)}
+    both = ("laserrmt", "fraction 0.5")
+    assert proposed == {
+        (0, 4, "weight"): both,
+        (0, 4, "activation_aware"): both,
+        (2, 3, "weight"): ("laserrmt",),
+        (2, 3, "activation_aware"): ("laserrmt",),
+        (2, 4, "weight"): ("fraction 0.5",),
+        (2, 4, "activation_aware"): ("fraction 0.5",),
+    }
+
+
+def test_shrinkage_is_of_the_weight() -> None:
+    spectra = [spectrum(0, {"optimal_shrinkage": 4, "laserrmt": 4}, 1.0)]
+    proposed = propose(spectra, spec(rule=["optimal_shrinkage", "laserrmt"]))
+    assert {(p.truncation, p.shrink) for p in proposed} == {("weight", True), ("activation_aware", False)}
+
+
+def test_without_a_gradient_the_noisiest_or_the_last_come_first() -> None:
+    spectra = [spectrum(i, {"laserrmt": 4}, snr) for i, snr in enumerate([3.0, 1.0, 2.0, None])]
+    by_noise = spec(rule="laserrmt", selection="snr", candidates=3)
+    assert [p.matrix.layer for p in order_proposals(propose(spectra, by_noise), by_noise)] == [1, 2, 0]
+    backward = spec(rule="laserrmt", selection="backward")
+    assert [p.matrix.layer for p in order_proposals(propose(spectra, backward), backward)] == [3, 2, 1, 0]
+    everything = spec(rule="laserrmt", selection="exhaustive")
+    assert len(order_proposals(propose(spectra, everything), everything)) == 4
+
+
+def test_predicted_harm_comes_last_and_no_matrix_fills_the_list() -> None:
+    def predicted(index: int, rank: int, change: float) -> Candidate:
+        prediction = Prediction(
+            address=matrix(index).address,
+            truncation="weight",
+            rank=rank,
+            shrink=False,
+            mean=change,
+            standard_error=0.001,
+            fisher=0.0,
+        )
+        return candidate(index, rank).judged(prediction=prediction)
+
+    given = [predicted(0, r, -0.01 - r / 1e4) for r in range(1, 6)] + [
+        predicted(1, 3, -0.005),
+        predicted(2, 3, 0.01),
+    ]
+    chosen = choose_predicted([*given, candidate(3)], 4)
+    assert [(c.proposal.matrix.layer, c.proposal.rank) for c in chosen] == [(0, 5), (0, 4), (1, 3), (2, 3)]

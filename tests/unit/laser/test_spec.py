@@ -29,7 +29,7 @@ def test_the_original_bodies_work() -> None:
 
 
 def test_defaults_survive_json() -> None:
-    assert spec().num_candidates == 15
+    assert spec().num_candidates == 30
     assert spec(candidates=3).num_candidates == 3
     assert spec(selection="exhaustive").num_candidates is None
     given = spec(layers="16-18,3", kinds="k_proj, v_proj")
@@ -66,16 +66,46 @@ def test_layers_are_numbers_or_ranges(given: Any, layers: tuple[int, ...] | None
         ({"layers": "x"}, "integer"),
         ({"layers": [-1]}, "greater than or equal to 0"),
         ({"kinds": []}, "at least 1"),
-        ({"chunks": 1}, "greater than or equal to 2"),
+        ({"chunks": 1}, "greater than or equal to 8"),
         ({"rule": "gut_feeling"}, "marchenko_pastur"),
         ({"laser_model_name": "../x"}, "pattern"),
         ({"trainer": "a/b"}, "pattern"),
         ({"unknown": 1}, "not permitted"),
+        ({"rule": []}, "at least 1"),
+        ({"keep": [0.5], "rule": "laserrmt"}, "fraction"),
+        ({"keep": [1.5], "rule": "fraction"}, "less than 1"),
+        ({"rule": "optimal_shrinkage", "truncation": "activation_aware"}, "add 'weight'"),
+        ({"objective": "beauty:prose"}, "known: perplexity"),
+        ({"objective": "preference"}, "needs data"),
+        ({"guards": ["accuracy:"] * 9}, "at most 8"),
+        ({"output": "sparse"}, "factored"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         spec(**fields)
+
+
+def test_rules_and_the_shares_that_they_keep() -> None:
+    assert spec(rule="laserrmt").decisions == (("laserrmt", None),)
+    given = spec(rule="fraction, energy, screenot", keep=[0.5, 0.9])
+    assert given.decisions == (
+        ("fraction", 0.5),
+        ("fraction", 0.9),
+        ("energy", 0.5),
+        ("energy", 0.9),
+        ("screenot", None),
+    )
+    assert spec(rule="optimal_shrinkage").truncations_of("optimal_shrinkage") == ("weight",)
+    assert spec().truncations_of("laserrmt") == ("activation_aware",)
+
+
+def test_objectives_in_short_and_in_full() -> None:
+    given = spec(objective="accuracy:facts.jsonl", guards=["perplexity", {"metric": "accuracy", "data": "x"}])
+    assert str(given.decisive) == "accuracy:facts.jsonl"
+    assert [str(guard) for guard in given.guards] == ["perplexity:prose", "accuracy:x"]
+    assert str(spec(text="/a/b.txt").decisive) == "perplexity:/a/b.txt"
+    assert LaserSpec.model_validate_json(given.model_dump_json()) == given
 
 
 def test_every_field_explains_itself() -> None:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aidocks.laser.spectrum import reduce_rank, singular_values
+from aidocks.laser import spectrum
+from aidocks.laser.spectrum import blocks_of, gram, reduce_rank, singular_values
 
 shapes = st.tuples(st.integers(2, 40), st.integers(2, 40))
 
@@ -25,6 +26,34 @@ def test_values_agree_with_the_svd(shape: tuple[int, int], seed: int) -> None:
     matrix = random_matrix(shape, seed)
     expected = torch.linalg.svdvals(matrix)
     torch.testing.assert_close(singular_values(matrix), expected, rtol=1e-9, atol=1e-7 * float(expected[0]))
+
+
+@pytest.mark.parametrize("shape", [(7, 300), (300, 7), (64, 64), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_blocks_make_no_difference(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = random_matrix(shape, 1, dtype)
+    expected = torch.linalg.svdvals(matrix.double())
+    monkeypatch.setattr(spectrum, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(spectrum, "_LEAST_ROWS", 5)
+    blocks = list(blocks_of(matrix))
+    assert all(block.shape[0] <= 5 and block.dtype is dtype for block in blocks)
+    assert sum(block.shape[0] for block in blocks) == max(shape)
+    torch.testing.assert_close(singular_values(matrix), expected, rtol=1e-8, atol=1e-7 * float(expected[0]))
+    small = matrix.double() if shape[0] <= shape[1] else matrix.double().mT
+    torch.testing.assert_close(gram(blocks, min(shape)), small @ small.mT)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_has_no_values(value: float) -> None:
+    matrix = random_matrix((5, 9), 0, torch.bfloat16)
+    matrix[3, 8] = value
+    assert bool(singular_values(matrix).isnan().all())
+
+
+def test_a_matrix_of_zeros() -> None:
+    assert singular_values(torch.zeros(3, 8)).tolist() == [0, 0, 0]
 
 
 @settings(deadline=None)

@@ -1,15 +1,39 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import IncompatibleModels
-from aidocks.laser.spectrum import reduce_rank
-from aidocks.laser.workbench import Workbench, parameter_slot, workbench
+from aidocks.evaluate.objectives import ObjectiveSource, resolve_objective, size_objective
+from aidocks.evaluate.scoring import context_length, load_task, plain_forward
+from aidocks.laser.matrices import Reduction, find_matrices, stored_matrix
+from aidocks.laser.truncation import load_basis, reduce, save_basis, weight_basis
+from aidocks.laser.workbench import Workbench, locate, workbench
 from aidocks.plan import UnitContext
+from aidocks.specs.objective import Objective
+
+Q, UP, DOWN = (
+    f"model.layers.{name}.weight" for name in ("1.self_attn.q_proj", "2.mlp.up_proj", "3.mlp.down_proj")
+)
+MakeReduction = Callable[[Path, str, int], Reduction]
+
+
+@pytest.fixture
+def reduction(tmp_path: Path) -> MakeReduction:
+    def make(model: Path, address: str, rank: int) -> Reduction:
+        checkpoint = Checkpoint(model)
+        (matrix,) = (m for m in find_matrices(checkpoint.entries, all_weights=True) if m.address == address)
+        file = tmp_path / "bases" / f"{address}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        written = save_basis(file, weight_basis(stored_matrix(checkpoint, matrix)))
+        return Reduction(address=address, rank=rank, basis=file, sha256=written.sha256)
+
+    return make
 
 
 def states(bench: Workbench) -> dict[str, torch.Tensor]:
@@ -20,65 +44,182 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> s
     return {name for name in one if not torch.equal(one[name], other[name])}
 
 
+def small_objective(model: Path, data: str = "perplexity:prose", chunks: int = 16) -> ObjectiveSource:
+    metric, _, name = data.partition(":")
+    source = resolve_objective(Objective(metric=metric, data=name), [], seq_length=32)
+    return size_objective(source, model, chunks=chunks if metric == "perplexity" else None)
+
+
+def whole_losses(bench: Workbench, source: ObjectiveSource) -> list[float]:
+    """Losses of the model in its present state, by its own forward."""
+    network = bench.model.network
+    task = load_task(source, "search", bench.model.tokenizer, longest=context_length(network))
+    with torch.inference_mode():
+        return torch.cat([task.losses(b, plain_forward(network)) for b in task.batches]).tolist()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_state_is_reached_exactly_and_left_without_a_trace(
-    tiny_llama: Any, tmp_path: Path, dtype: torch.dtype
+    tiny_llama: Any, tmp_path: Path, dtype: torch.dtype, reduction: MakeReduction
 ) -> None:
     path = tiny_llama(tmp_path / "model", dtype=dtype)
     context = UnitContext(tmp_path)
     bench = workbench(path, None, context)
     assert workbench(path, None, context) is bench
-    q, up = "model.layers.1.self_attn.q_proj.weight", "model.layers.2.mlp.up_proj.weight"
+    q5, q9, up60, up30 = (reduction(path, *which) for which in ((Q, 5), (Q, 9), (UP, 60), (UP, 30)))
     base = states(bench)
-    bench.apply({q: 5, up: 60})
+    bench.apply([q5, up60])
     both = states(bench)
-    assert differing(base, both) == {q, up}
-    assert torch.equal(both[up], reduce_rank(base[up], 60))
-    bench.apply({up: 60})
-    assert differing(base, states(bench)) == {up}
-    bench.apply({q: 9, up: 30})
-    bench.apply({up: 60, q: 5})
+    assert differing(base, both) == {Q, UP}
+    assert torch.equal(both[UP], reduce(base[UP], load_basis(up60.basis), 60))
+    bench.apply([up60])
+    assert differing(base, states(bench)) == {UP}
+    bench.apply([q9, up30])
+    bench.apply([up60, q5])
     assert differing(both, states(bench)) == set()
-    bench.apply({})
+    bench.apply([q9, q5, up60])  # of one matrix the last counts
+    assert differing(both, states(bench)) == set()
+    bench.apply([])
     assert differing(base, states(bench)) == set()
 
 
 def test_an_interrupted_change_is_undone_by_the_next(
-    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reduction: MakeReduction
 ) -> None:
-    bench = workbench(tiny_llama(tmp_path / "model"), None, UnitContext(tmp_path))
+    path = tiny_llama(tmp_path / "model")
+    bench = workbench(path, None, UnitContext(tmp_path))
     base = states(bench)
-    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
+    first, second = reduction(path, Q, 3), reduction(path, UP, 7)
 
-    def fails_on_the_second(stored: torch.Tensor, rank: int) -> torch.Tensor:
+    def fails_on_the_second(w_OI: torch.Tensor, basis: Any, rank: int, **more: Any) -> torch.Tensor:
         if rank == 7:
             raise KeyboardInterrupt
-        return reduce_rank(stored, rank)
+        return reduce(w_OI, basis, rank, **more)
 
-    monkeypatch.setattr("aidocks.laser.workbench.reduce_rank", fails_on_the_second)
+    monkeypatch.setattr("aidocks.laser.workbench.reduce", fails_on_the_second)
     with pytest.raises(KeyboardInterrupt):
-        bench.apply({names[0]: 3, names[1]: 7})
-    assert differing(base, states(bench)) == {names[0]}
-    bench.apply({})
+        bench.apply([first, second])
+    assert differing(base, states(bench)) == {Q}
+    bench.apply([])
     assert differing(base, states(bench)) == set()
 
 
-def test_gpt2_matrices_are_found_without_their_prefix(shared_data: Path, tmp_path: Path) -> None:
-    bench = workbench(shared_data / "models" / "gpt2-shakespeare-char", None, UnitContext(tmp_path))
+@pytest.mark.parametrize("data", ["perplexity:prose", "accuracy:capitals", "log_likelihood:capitals"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_measured_losses_are_those_of_the_whole_model(
+    tiny_llama: Any, tmp_path: Path, dtype: torch.dtype, data: str, reduction: MakeReduction
+) -> None:
+    path = tiny_llama(tmp_path / "model", dtype=dtype)
+    source = small_objective(path, data)
+    bench = workbench(path, None, UnitContext(tmp_path))
+    q, up, down = (reduction(path, *which) for which in ((Q, 2), (UP, 40), (DOWN, 3)))
+    for base, added in (((), (up,)), ((), (q, down)), ((up,), (q,)), ((up, q), (down,)), ((), (down,))):
+        bench.set_base(base)
+        pairs = bench.measure(source, "search", added)
+        bench.apply(base)
+        assert list(pairs.before) == whole_losses(bench, source)
+        bench.apply([*base, *added])
+        assert list(pairs.after) == whole_losses(bench, source)
+        assert len(pairs.positions) == source.sizes["search"]
+        assert pairs.dtype == str(bench.model.dtype).removeprefix("torch.")
+
+
+def test_order_of_measurements_and_memory_make_no_difference(
+    tiny_llama: Any, tmp_path: Path, reduction: MakeReduction
+) -> None:
+    path = tiny_llama(tmp_path / "model")
+    prose, capitals = small_objective(path), small_objective(path, "accuracy:capitals")
+    q, up, down = (reduction(path, *which) for which in ((Q, 2), (UP, 40), (DOWN, 3)))
+    tried = [
+        (base, added, source) for base in ((), (up,)) for added in (q, down) for source in (prose, capitals)
+    ]
+
+    def measure(limit: int, order: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
+        bench = Workbench(workbench(path, None, UnitContext(tmp_path)).model, Checkpoint(path), limit=limit)
+        found = {}
+        for base, added, source in order(tried):
+            bench.set_base(base)
+            found[f"{base}{added}{source}"] = bench.measure(source, "search", (added,))
+        return found
+
+    expected = measure(1 << 30, list)
+    assert measure(1 << 30, lambda tried: tried[::-1]) == expected
+    assert measure(200_000, list) == expected
+    assert measure(0, list) == expected
+
+
+def test_a_new_base_runs_only_what_it_changed(
+    tiny_llama: Any, tmp_path: Path, reduction: MakeReduction
+) -> None:
+    path = tiny_llama(tmp_path / "model")
+    source = small_objective(path)
+    bench = workbench(path, None, UnitContext(tmp_path))
+    up, down = reduction(path, UP, 40), reduction(path, DOWN, 3)
+    bench.measure(source, "search")
+    batches = bench.suffix.layers_run // 4
+    bench.suffix.layers_run = 0
+    bench.measure(source, "search", (up,))
+    assert bench.suffix.layers_run == 2 * batches  # layers 2 and 3
+    bench.set_base((up,))
+    bench.suffix.layers_run = 0
+    bench.measure(source, "search", (down,))
+    assert bench.suffix.layers_run == (2 + 1) * batches
+    bench.set_base((up,))
+    bench.suffix.layers_run = 0
+    bench.measure(source, "search", (down,))
+    assert bench.suffix.layers_run == batches
+
+
+def test_what_is_not_a_number_ends_at_once(
+    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reduction: MakeReduction
+) -> None:
+    path = tiny_llama(tmp_path / "model")
+    source = small_objective(path, chunks=64)
+    bench = workbench(path, None, UnitContext(tmp_path))
+    nan = lambda w_OI, *_, **__: torch.full_like(w_OI, torch.nan)  # noqa: E731
+    monkeypatch.setattr("aidocks.laser.workbench.reduce", nan)
+    pairs = bench.measure(source, "search", (reduction(path, Q, 2),))
+    assert len(pairs.positions) < 64
+    assert set(pairs.after) == {None}
+    assert None not in pairs.before
+    assert pairs.comparison.worsened(3)
+    assert not pairs.comparison.improved(0.1)
+
+
+def test_a_hopeless_change_is_not_measured_to_its_end(
+    stories260k: Path, tmp_path: Path, reduction: MakeReduction
+) -> None:
+    source = small_objective(stories260k, chunks=64)
+    bench = workbench(stories260k, None, UnitContext(tmp_path))
+    harmful = (reduction(stories260k, UP, 1),)
+    everything = bench.measure(source, "search", harmful)
+    early = bench.measure(source, "search", harmful, z_threshold=3)
+    count = len(early.positions)
+    assert count in (8, 16, 32)
+    assert early.positions == everything.positions[:count]
+    assert early.after == everything.after[:count]
+    assert early.tokens == everything.tokens * count // 64
+
+
+def test_gpt2_matrices_are_found_without_their_prefix(
+    shared_data: Path, tmp_path: Path, reduction: MakeReduction
+) -> None:
+    path = shared_data / "models" / "gpt2-shakespeare-char"
+    bench = workbench(path, None, UnitContext(tmp_path))
     name = "transformer.h.1.mlp.c_fc.weight"
-    slot = parameter_slot(bench.model.network, name)
-    assert (
-        parameter_slot(bench.model.network, name.removeprefix("transformer.")).data_ptr() == slot.data_ptr()
-    )
+    slot = locate(bench.model.network, name).values
+    bare = locate(bench.model.network, name.removeprefix("transformer."))
+    assert bare.values.data_ptr() == slot.data_ptr()
+    assert bench.suffix.start_of(bare.parameter) == 1
     before = slot.clone()
-    bench.apply({name: 4})
+    bench.apply([reduction(path, next(n for n in Checkpoint(path).entries if name.endswith(n)), 4)])
     assert int(torch.linalg.matrix_rank(slot, rtol=1e-4)) == 4
-    bench.apply({})
+    bench.apply([])
     assert torch.equal(slot, before)
 
 
-def test_fused_experts_are_addressed_one_by_one(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
+@pytest.fixture
+def mixtral(tmp_path: Path) -> Path:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -91,19 +232,49 @@ def test_fused_experts_are_addressed_one_by_one(tmp_path: Path) -> None:
         num_key_value_heads=2,
         num_local_experts=3,
     )
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    network = MixtralForCausalLM.from_pretrained(tmp_path)
-    for name, stored in load_file(tmp_path / "model.safetensors").items():
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    return tmp_path / "mixtral"
+
+
+def test_experts_are_addressed_one_by_one(mixtral: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import MixtralForCausalLM
+
+    network = MixtralForCausalLM.from_pretrained(mixtral)
+    for name, stored in load_file(mixtral / "model.safetensors").items():
         if ".layers." in name and stored.ndim == 2:
-            assert torch.equal(parameter_slot(network, name), stored), name
-    slot = parameter_slot(network, "model.layers.0.block_sparse_moe.experts.1.w3.weight")
-    slot.zero_()
+            assert torch.equal(locate(network, name).values, stored), name
+    slot = locate(network, "model.layers.0.block_sparse_moe.experts.1.w3.weight")
+    slot.values.zero_()
     fused = network.model.layers[0].mlp.experts.gate_up_proj
+    assert slot.parameter is fused
     assert [bool((fused[e, 24:] == 0).all()) for e in range(3)] == [False, True, False]
     assert not bool((fused[:, :24] == 0).all())
 
 
-def test_what_cannot_be_addressed_is_named(tiny_llama: Any, tmp_path: Path) -> None:
-    bench = workbench(tiny_llama(tmp_path / "model"), None, UnitContext(tmp_path))
+def test_slices_of_a_fused_tensor_are_addressed_by_number(mixtral: Path) -> None:
+    from transformers import MixtralForCausalLM
+
+    network = MixtralForCausalLM.from_pretrained(mixtral)
+    name = "model.layers.0.mlp.experts.down_proj"
+    fused = network.model.layers[0].mlp.experts.down_proj
+    slot = locate(network, f"{name}[2]")
+    assert slot.parameter is fused
+    assert torch.equal(slot.values, fused[2])
+    gradient = torch.randn_like(fused)
+    assert torch.equal(slot.view(gradient), gradient[2])
+    for wrong in (f"{name}[3]", name):
+        with pytest.raises(IncompatibleModels):
+            locate(network, wrong)
+
+
+def test_what_cannot_be_addressed_is_named(tiny_llama: Any, tmp_path: Path, reduction: MakeReduction) -> None:
+    path = tiny_llama(tmp_path / "model")
+    bench = workbench(path, None, UnitContext(tmp_path))
     with pytest.raises(IncompatibleModels, match=r"model\.layers\.9\.q\.weight"):
-        parameter_slot(bench.model.network, "model.layers.9.q.weight")
+        locate(bench.model.network, "model.layers.9.q.weight")
+    square = reduction(path, Q, 5)
+    slot = locate(bench.model.network, Q).values
+    slot.copy_(slot.T.clone())  # as if transformers kept it transposed
+    with pytest.raises(IncompatibleModels, match="q_proj"):
+        bench.apply([square])

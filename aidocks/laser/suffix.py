@@ -1,0 +1,208 @@
+"""Forwards that begin in the middle: what the layers below gave is kept, so a change in layer l re-runs l and above.
+
+The model's own forward runs every time and computes masks, positions, final norm and head, so this works for any
+decoder whose layers follow one another; only the layers below the start are replaced, for the moment of the call, by
+something that returns what they returned before. The logits are, bit for bit, those of a whole forward.
+
+Shapes: B rows, T tokens, K positions whose logits are needed, V the vocabulary; L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from aidocks.evaluate.scoring import plain_forward
+
+#: Bytes of kept outputs at most, unless said otherwise.
+DEFAULT_LIMIT = 1 << 30
+
+
+class SuffixForward:
+    """A network, and what its layers put out for batches in its present base state.
+
+    Attributes:
+        depth: Layers L; 0 for a network whose layers do not simply follow one another, which always runs whole.
+        stride: Every stride-th output is kept.
+        layers_run: Layers that were run in all, for whoever wants to know what was saved.
+    """
+
+    def __init__(self, network: Any, *, limit: int = DEFAULT_LIMIT) -> None:
+        self._network = network
+        self._forward = plain_forward(network)
+        self._limit = limit
+        self._layers = decoder_layers(network)
+        # By batch: number of layers that have run -> the output of the last of them.
+        self._kept: dict[Hashable, dict[int, Any]] = {}
+        self.stride = 1
+        self.layers_run = 0
+        self._bytes_per_token = 0
+        if not self._chained():
+            self._layers = []
+        self._first_layer = {
+            id(parameter): number
+            for number, layer in reversed(list(enumerate(self._layers)))
+            for parameter in layer.parameters()
+        }
+
+    @property
+    def depth(self) -> int:
+        return len(self._layers)
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(_hidden(output).nbytes for kept in self._kept.values() for output in kept.values())
+
+    def start_of(self, parameter: torch.Tensor) -> int:
+        """Return the first layer whose output can depend on a parameter, L for one of the head alone."""
+        if id(parameter) in self._first_layer:
+            return self._first_layer[id(parameter)]
+        below, above = self._network.get_input_embeddings(), self._network.get_output_embeddings()
+        ours = [id(p) for p in above.parameters()] if above is not None else []
+        tied = below is None or {id(p) for p in below.parameters()} & set(ours)
+        return self.depth if id(parameter) in ours and not tied else 0
+
+    def expect(self, tokens: int) -> None:
+        """Prepare for batches of so many tokens in all (with padding): keep so many outputs as the limit allows."""
+        affordable = self._limit // max(1, tokens * self._bytes_per_token)
+        stride = math.ceil(self.depth / affordable) if affordable else self.depth + 1
+        self.stride = max(1, stride)
+        for kept in self._kept.values():
+            for done in [done for done in kept if done % self.stride]:
+                del kept[done]
+
+    def forget(self, start: int = 0) -> None:
+        """Forget what depends on layer ``start`` and those above."""
+        if start == 0:
+            self._kept.clear()
+        for kept in self._kept.values():
+            for done in [done for done in kept if done > start]:
+                del kept[done]
+
+    def forward(
+        self,
+        key: Hashable,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        positions_K: torch.Tensor | None,
+        *,
+        start: int = 0,
+        keep: bool = False,
+    ) -> torch.Tensor:
+        """Return the logits of a batch [B, K, V].
+
+        Args:
+            key: Of the batch, the same whenever the ids and the mask are the same.
+            ids_BT: As for :data:`aidocks.evaluate.scoring.Forward`, and so are mask and positions.
+            mask_BT: See there.
+            positions_K: See there.
+            start: First layer that differs from the base state in which outputs were kept.
+            keep: Keep the outputs: the network is in its base state.
+        """
+        kept = self._kept.setdefault(key, {}) if keep else self._kept.get(key, {})
+        begin = max((done for done in kept if done <= start), default=0)
+        self.layers_run += self.depth - begin
+        with self._skipping(begin, kept.get(begin)), self._keeping(kept if keep else None, begin):
+            return self._forward(ids_BT, mask_BT, positions_K)
+
+    @contextmanager
+    def _skipping(self, begin: int, output: Any) -> Iterator[None]:
+        """Make the layers below ``begin`` return what the last of them returned before."""
+        covered: list[tuple[Any, Any]] = []
+        try:
+            for layer in self._layers[:begin]:
+                # Some libraries put a forward of their own on the instance.
+                covered.append((layer, layer.__dict__.get("forward")))
+                layer.forward = _returning(output)
+            yield
+        finally:
+            for layer, own in covered:
+                if own is None:
+                    del layer.forward
+                else:
+                    layer.forward = own
+
+    @contextmanager
+    def _keeping(self, kept: dict[int, Any] | None, begin: int) -> Iterator[None]:
+        if kept is None:
+            yield
+            return
+        handles = [
+            self._layers[done - 1].register_forward_hook(_keep_in(kept, done))
+            for done in range(begin + 1, self.depth + 1)
+            if done % self.stride == 0
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.inference_mode()
+    def _chained(self) -> bool:
+        """Try, on a few tokens, whether suffixes give what the whole gives: layers may have secret passages.
+
+        Those of a model that shares keys and values between layers, for instance, or that runs a layer twice.
+        """
+        order: list[int] = []
+        handles = [
+            layer.register_forward_hook(lambda *_, number=number: order.append(number))
+            for number, layer in enumerate(self._layers)
+        ]
+        depth, device = self.depth, self._network.device
+        ids_BT = torch.arange(1, 9, device=device)[None] % max(1, _vocabulary(self._network))
+        try:
+            whole = self.forward("probe", ids_BT, None, None, keep=True)
+            if order != list(range(depth)):
+                return False
+            self._bytes_per_token = max(
+                math.ceil(_hidden(output).nbytes / ids_BT.numel()) for output in self._kept["probe"].values()
+            )
+            return all(
+                torch.equal(whole, self.forward("probe", ids_BT, None, None, start=start))
+                for start in sorted({1, depth // 4, depth // 2, 3 * depth // 4, depth - 1, depth} - {0})
+                for _ in range(2)  # the second time fails if the first wrote into what is kept
+            )
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return False
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._kept.clear()
+            self.layers_run = 0
+
+
+def decoder_layers(network: Any) -> list[torch.nn.Module]:
+    """Return the layers of a decoder in order: of the lists of modules that are in no other list, the largest."""
+    lists = {name: m for name, m in network.named_modules() if isinstance(m, torch.nn.ModuleList)}
+    outermost = [
+        found for name, found in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
+    ]
+    sizes = [sum(parameter.numel() for parameter in found.parameters()) for found in outermost]
+    return list(outermost[sizes.index(max(sizes))]) if outermost else []
+
+
+def _returning(output: Any) -> Callable[..., Any]:
+    return lambda *_, **__: output
+
+
+def _keep_in(kept: dict[int, Any], done: int) -> Callable[..., None]:
+    def keep(module: torch.nn.Module, inputs: Sequence[Any], output: Any) -> None:
+        kept[done] = output
+
+    return keep
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """Return the hidden states of a layer's output, which is these alone or a tuple that begins with them."""
+    hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return hidden
+
+
+def _vocabulary(network: Any) -> int:
+    embeddings = network.get_input_embeddings()
+    return int(getattr(embeddings, "num_embeddings", 0)) or 1

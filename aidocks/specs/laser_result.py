@@ -1,0 +1,104 @@
+"""The result of ``/laser``: which matrices were reduced, and what that was measured to be worth."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from aidocks.specs.base import ModelResult
+from aidocks.specs.laser import Output, Truncation
+from aidocks.specs.objective import Metric
+
+#: Parts of the data that a result is measured on: what chose it, what had to confirm it, what had no part in it.
+ScoredPart = Literal["search", "held_out", "report"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AcceptedReduction(_Part):
+    """One matrix of the result whose rank was reduced, with the evidence for it."""
+
+    name: str = Field(
+        description="Full parameter name; with the expert's number in brackets where a tensor holds several."
+    )
+    layer: int | None = Field(description="None for what belongs to no numbered layer.")
+    kind: str = Field(description="Name of its module, such as `v_proj`.")
+    rank: int = Field(description="Rank that was kept.")
+    full_rank: int = Field(description="Rank before: the smaller side of the matrix.")
+    truncation: Truncation = Field(
+        description="Which directions were kept: those of the weight, or of its output on the calibration data."
+    )
+    shrink: bool = Field(False, description="Whether the kept values were shrunk, too.")
+    rule: str = Field(description="What proposed the rank, such as `laserrmt` or `fraction 0.1`.")
+    energy: float | None = Field(None, description="Share of the squared norm in the components kept.")
+    delta: float = Field(
+        description="Change of the mean loss per item when it was accepted; negative is better."
+    )
+    standard_error: float = Field(description="Paired standard error of that change.")
+    z: float = Field(description="delta / standard_error.")
+
+
+class PartScore(_Part):
+    """Base and result on the same items of one part of one data set; None stands for what is not finite."""
+
+    metric: Metric
+    data: str = Field(description="The data, as people call them.")
+    part: ScoredPart
+    before: float | None = Field(
+        description="Of the base, in the metric's own unit: perplexity; accuracy from 0 to 1; mean log-likelihood or "
+        "mean margin in nats."
+    )
+    before_standard_error: float | None
+    after: float | None = Field(description="Of the result.")
+    after_standard_error: float | None
+    delta: float | None = Field(
+        description="Mean change of the loss per item; negative is better. Nats per token for a perplexity, the share "
+        "of wrong answers for an accuracy, nats for the others."
+    )
+    delta_standard_error: float | None = Field(description="Paired standard error of the change.")
+    z: float | None = Field(description="delta / its standard error; None when nothing changed.")
+    items: int = Field(description="Chunks, questions or pairs.")
+    tokens: int = Field(description="Tokens that were predicted.")
+
+    @property
+    def label(self) -> str:
+        """Such as `perplexity on prose`."""
+        return f"{self.metric.replace('_', '-')} on {self.data}"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a lower value is the better one; a lower loss always is."""
+        return self.metric == "perplexity"
+
+
+class LaserResult(ModelResult):
+    """What a ``/laser`` job returns."""
+
+    accepted: tuple[AcceptedReduction, ...] = Field(
+        (), description="Reduced matrices, in order of acceptance; empty when the result is the base."
+    )
+    search: PartScore | None = Field(None, description="The objective on the items that the search used.")
+    held_out: PartScore | None = Field(
+        None, description="The objective on items that the search never saw, and that had to confirm it."
+    )
+    report: PartScore | None = Field(
+        None, description="The objective on items that had no part in any decision: the figures to tell."
+    )
+    guards: tuple[PartScore, ...] = Field(
+        (), description="What must not get worse, on the held-out and the report part of its data."
+    )
+    withdrawn: bool = Field(
+        False, description="True when the held-out items contradicted the search, so the result is the base."
+    )
+    withdrawn_because: str | None = Field(None, description="What contradicted it.")
+    candidates_tried: int = Field(description="Reductions that were measured.")
+    candidates_screened: int = Field(0, description="Reductions of which a gradient predicted the effect.")
+    matrices_scanned: int = Field(description="Matrices whose spectrum was computed.")
+    output: Output = Field("dense", description="How reduced matrices are stored.")
+    parameters: int = Field(description="Parameters of the result, as stored.")
+    parameters_before: int = Field(description="Parameters of the base.")
+    bytes: int = Field(0, description="Bytes of the result's weights.")
+    bytes_before: int = Field(0, description="Bytes of the base's weights.")
