@@ -20,7 +20,7 @@ from aidocks.specs.objective import Metric
 Decision = Literal["continue", "futile", "accept"]
 
 #: A measurement ends when its chance of still becoming significant is below this. In simulation a change without
-#: effect then takes 31 % of the items, and one of z = 6 (4) is missed in 1.5 % (6 %) of the cases because of it.
+#: effect then takes a third of the items, and one of z = 6 (4) is missed in 2 % (6 %) of the cases because of it.
 FUTILE_POWER = 0.1
 _NORMAL = NormalDist()
 

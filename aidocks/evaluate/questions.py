@@ -200,9 +200,17 @@ def _attribute(given: Mapping[str, Any]) -> Question:
 
 
 def _preference(given: Mapping[str, Any]) -> Preference:
-    return Preference(
-        _conversation(given, "prompt"), _conversation(given, "chosen"), _conversation(given, "rejected")
-    )
+    prompt, chosen, rejected = (_conversation(given, field) for field in ("prompt", "chosen", "rejected"))
+    if isinstance(prompt, str) and not isinstance(chosen, str) and not isinstance(rejected, str):
+        # Whole conversations beside a bare prompt: what they begin with in common is the real one.
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt = chosen[:shared] or (Message("user", prompt),)
+        chosen, rejected = chosen[shared:], rejected[shared:]
+    if not chosen or not rejected:
+        raise ValueError("`chosen` and `rejected` do not differ")
+    return Preference(prompt, chosen, rejected)
 
 
 def _asked(given: Mapping[str, Any]) -> str:

@@ -162,7 +162,7 @@ class _Publication:
                 for matrix in pictured
             ),
             scores=scores_of(result),
-            withdrawn_because=result.withdrawn_because,
+            taken_back_because=result.taken_back_because,
         )
 
     def _write(self) -> Generator[Stage, list[Any], list[Any]]:
@@ -194,8 +194,8 @@ class _Publication:
             held_out=parts["held_out"][0],
             report=parts["report"][0],
             guards=(*parts["report"][1:], *parts["held_out"][1:]),
-            withdrawn=findings.withdrawn is not None,
-            withdrawn_because=findings.withdrawn,
+            taken_back=tuple(c.address for c in findings.candidates if c.verdict == "taken back"),
+            taken_back_because=findings.objection,
             candidates_tried=len(findings.candidates),
             candidates_screened=findings.screened,
             matrices_scanned=len(findings.spectra),
@@ -275,7 +275,7 @@ def _line(candidate: Candidate, guards: Sequence[str]) -> LedgerLine:
         composed_delta=composed.delta if composed else None,
         composed_standard_error=composed.standard_error if composed else None,
         composed_z=composed.z if composed else None,
-        guards={label: comparison.z for label, comparison in zip(guards, candidate.guards, strict=False)},
+        guards={label: pairs.comparison.z for label, pairs in zip(guards, candidate.guards, strict=False)},
         decision=candidate.verdict,
         accepted=candidate.verdict.startswith("accepted"),
     )

@@ -65,7 +65,7 @@ class WriteReport(WritingUnit):
         description="Scans of the matrices whose spectrum is drawn; their values are kept since they were scanned.",
     )
     scores: tuple[PartScore, ...] = Field((), description="Of the objective, then of the guards.")
-    withdrawn_because: str | None = None
+    taken_back_because: str | None = None
 
     @property
     def label(self) -> str:
@@ -95,7 +95,7 @@ class WriteReport(WritingUnit):
             "metric": self.metric,
             "unit": loss_unit(self.metric),
             "z_threshold": self.z_threshold,
-            "withdrawn_because": self.withdrawn_because,
+            "taken_back_because": self.taken_back_because,
             "scores": [score.model_dump(mode="json") for score in self.scores],
             "candidates": [line.model_dump(mode="json") for line in self.lines],
         }
@@ -141,6 +141,8 @@ def _evidence(result: LaserResult, lines: Sequence[LedgerLine]) -> Section:
         f"byte. {effort}",
         f"Change: of the mean loss when it was accepted, in {unit}, ± its paired standard error; negative is better.",
     ]
+    if result.taken_back:
+        text.append(_taken_back(result))
     left_out = len(result.accepted) - _MOST_ROWS
     if left_out > 0:
         text.append(f"{left_out} more are in report/ledger.json.")
@@ -164,12 +166,8 @@ def _accepted_row(accepted: AcceptedReduction) -> tuple[str, ...]:
 
 
 def _nothing_helped(result: LaserResult, lines: Sequence[LedgerLine]) -> str:
-    if result.withdrawn:
-        because = f": {result.withdrawn_because}" if result.withdrawn_because else ""
-        return (
-            f"Nothing. What the search had accepted was withdrawn, since held-out data contradicted it{because}. "
-            "The weights are those of the base, byte for byte."
-        )
+    if result.taken_back:
+        return f"Nothing. {_taken_back(result)} The weights are those of the base, byte for byte."
     known = [(line.z, line) for line in lines if line.z is not None and line.delta is not None]
     closest = ""
     if known:
@@ -180,6 +178,11 @@ def _nothing_helped(result: LaserResult, lines: Sequence[LedgerLine]) -> str:
         "Nothing: no reduction made the model significantly better without hurting a guard."
         f"{closest} The weights are those of the base, byte for byte."
     )
+
+
+def _taken_back(result: LaserResult) -> str:
+    names = ", ".join(result.taken_back[:_MOST_ROWS])
+    return f"The search had also accepted {names}; that was taken back: {result.taken_back_because}"
 
 
 def _comparison(scores: Sequence[PartScore]) -> Section:

@@ -46,7 +46,7 @@ class Findings:
         accepted: Reductions of the result, in order of acceptance.
         screened: Reductions that the gradient pass judged.
         scores: Of objective and guards, base against result, on each part that was measured.
-        withdrawn: Why nothing is accepted although the search accepted something; None where that is not so.
+        objection: What spoke against keeping all that the search accepted; None when nothing did.
     """
 
     file_hashes: Mapping[str, str]
@@ -55,7 +55,7 @@ class Findings:
     accepted: tuple[Candidate, ...]
     screened: int
     scores: Mapping[Part, tuple[Pairs, ...]]
-    withdrawn: str | None
+    objection: str | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Search:
             in_order=self.spec.selection == "backward",
         )
         candidates = yield from composition.run()
-        judged = yield from self._verify(candidates, composition.accepted)
+        judged = yield from self._verify(candidates, composition)
         return Findings(
             file_hashes=hashes.files,
             spectra=spectra,
@@ -170,28 +170,32 @@ class Search:
         return [c.measured(known[c.reduction], self.spec.z_threshold) for c in candidates]
 
     def _verify(
-        self, candidates: Sequence[Candidate], accepted: Sequence[Candidate]
+        self, candidates: Sequence[Candidate], composition: Composition
     ) -> Generator[Stage, list[Any], dict[str, Any]]:
-        """Measure what was accepted on held-out data, which may object; return what to tell, with its figures."""
-        parts: tuple[Part, ...] = ("search", "held_out")
-        changes = yield Stage("verify", tuple(self._final_unit(accepted, part) for part in parts))
-        withdrawn = _objection(changes[1], self.objectives) if accepted else None
-        if withdrawn:
-            self.say(f"Withdrawn: {withdrawn} The result is the base.")
-            gone = {candidate.reduction for candidate in accepted}
-            candidates = [c.judged(verdict="withdrawn") if c.reduction in gone else c for c in candidates]
-            accepted = ()
-            changes = yield Stage("measure the base", tuple(self._final_unit((), part) for part in parts))
-        reported = yield Stage("report figures", (self._final_unit(accepted, "report"),))
-        scores = dict(
-            zip((*parts, "report"), (change.pairs for change in (*changes, *reported)), strict=True)
+        """Take back the last acceptances as long as held-out data object; return what is left, with its figures."""
+        accepted, objection = list(composition.accepted), None
+        (held_out,) = yield Stage("verify", (self._final_unit(accepted, "held_out"),))
+        for step in reversed([0, *composition.steps[:-1]]):
+            found = _objection(held_out, self.objectives) if accepted else None
+            if found is None:
+                break
+            objection = objection or found
+            self.say(f"Taken back: {', '.join(c.label for c in accepted[step:])}; {found}")
+            del accepted[step:]
+            (held_out,) = yield Stage("verify", (self._final_unit(accepted, "held_out"),))
+        parts: tuple[Part, ...] = ("search", "report")
+        search, report = yield Stage(
+            "final figures", tuple(self._final_unit(accepted, part) for part in parts)
         )
-        self._tell(accepted, scores["report"])
+        self._tell(accepted, report.pairs)
+        gone = {c.reduction for c in composition.accepted[len(accepted) :]}
         return {
-            "candidates": tuple(candidates),
+            "candidates": tuple(
+                c.judged(verdict="taken back") if c.reduction in gone else c for c in candidates
+            ),
             "accepted": tuple(accepted),
-            "scores": scores,
-            "withdrawn": withdrawn,
+            "scores": {"search": search.pairs, "held_out": held_out.pairs, "report": report.pairs},
+            "objection": objection,
         }
 
     def _tell(self, accepted: Sequence[Candidate], scores: Sequence[Pairs]) -> None:
@@ -296,11 +300,10 @@ def _in_order(candidates: Sequence[Candidate]) -> tuple[Reduction, ...]:
 
 def _objection(change: Change, objectives: Sequence[ObjectiveSource]) -> str | None:
     """Say what speaks against publishing a result, on data that no choice has seen; None when nothing does."""
-    decisive, *guards = change.pairs
-    delta = decisive.comparison.delta
+    delta = change.objective.comparison.delta
     if delta is None or delta >= 0:
         return f"on held-out data the {objectives[0].label} is not better."
-    for guard, pairs in zip(objectives[1:], guards, strict=True):
+    for guard, pairs in zip(objectives[1:], change.guards, strict=True):
         if pairs.comparison.worsened(GUARD_Z):
             return f"on held-out data the guard {guard.label} is worse (z {_number(pairs.comparison.z)})."
     return None

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from aidocks.evaluate.measurements import Pairs
 from aidocks.evaluate.perplexity import Comparison
 from aidocks.laser.evaluation import Change, MeasureChange
 from aidocks.laser.matrices import Matrix, Reduction
@@ -32,7 +33,7 @@ Verdict = Literal[
     "not significant in composition",
     "another reduction of this matrix was accepted",
     "limit reached",
-    "withdrawn",
+    "taken back",
 ]
 
 
@@ -65,7 +66,7 @@ class Candidate(BaseModel):
         prediction: What one gradient pass said.
         alone: Effect on the base; None when it was not measured.
         items: Chunks or questions that it was measured on.
-        guards: The same of every guard; empty when the objective already said no.
+        guards: Losses of every guard on base and candidate; empty when the objective already said no.
         composed: Effect on top of the reductions accepted before it; None when that was not measured.
     """
 
@@ -76,7 +77,7 @@ class Candidate(BaseModel):
     prediction: Prediction | None = None
     alone: Comparison | None = None
     items: int = 0
-    guards: tuple[Comparison, ...] = ()
+    guards: tuple[Pairs, ...] = ()
     composed: Comparison | None = None
     verdict: Verdict = "not significant"
 
@@ -94,15 +95,14 @@ class Candidate(BaseModel):
 
     def measured(self, change: Change, z_threshold: float) -> Candidate:
         """Return the candidate with its effect alone, and the verdict on that."""
-        decisive, *guards = change.pairs
-        alone = decisive.comparison
+        alone = change.objective.comparison
         verdict: Verdict = "not significant"
         if alone.improved(z_threshold) and not helps(change, z_threshold):
             verdict = "hurts a guard"
         return self.judged(
             alone=alone,
-            items=len(decisive.positions),
-            guards=tuple(pairs.comparison for pairs in guards),
+            items=len(change.objective.positions),
+            guards=change.guards,
             verdict=verdict,
         )
 
@@ -162,12 +162,22 @@ def choose_predicted(candidates: Sequence[Candidate], limit: int | None) -> list
     return chosen[:limit]
 
 
-def helps(change: Change, z_threshold: float) -> bool:
-    """Say whether the objective improved significantly while no guard was hurt."""
-    decisive, *guards = change.pairs
-    return decisive.comparison.improved(z_threshold) and not any(
-        pairs.comparison.worsened(GUARD_Z) for pairs in guards
-    )
+def helps(change: Change, z_threshold: float, base: Sequence[Pairs] = ()) -> bool:
+    """Say whether the objective improved significantly while no guard was hurt.
+
+    Args:
+        change: What was measured.
+        z_threshold: Significance that the objective needs.
+        base: The guards' pairs of some change of the base itself: a guard is compared with the base, because many
+            small harms, none of them significant, add up.
+    """
+    if not change.objective.comparison.improved(z_threshold):
+        return False
+    guards = change.guards
+    if base:
+        origin = zip(base, guards, strict=True)
+        guards = tuple(pairs.model_copy(update={"before": first.before}) for first, pairs in origin)
+    return not any(pairs.comparison.worsened(GUARD_Z) for pairs in guards)
 
 
 #: Makes the unit that measures reductions on top of others; the text says what is measured.
@@ -192,6 +202,7 @@ class Composition:
         parallelism: Measurements at once.
         in_order: Whether to keep the order of the candidates.
         accepted: In order of acceptance.
+        steps: How many were accepted after each acceptance, of one or of a group.
     """
 
     candidates: Sequence[Candidate]
@@ -201,6 +212,7 @@ class Composition:
     parallelism: int
     in_order: bool = False
     accepted: list[Candidate] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     _verdicts: dict[Reduction, Candidate] = field(default_factory=dict)
 
     def run(self) -> Generator[Stage, list[Change], list[Candidate]]:
@@ -232,14 +244,22 @@ class Composition:
 
     def _decide(self, candidate: Candidate, change: Change | None) -> bool:
         """Accept a candidate or not; without a change, because it helped alone and nothing was accepted yet."""
-        effect = change.pairs[0].comparison if change else candidate.alone
-        accepted = change is None or helps(change, self.z_threshold)
+        effect = change.objective.comparison if change else candidate.alone
+        accepted = change is None or helps(change, self.z_threshold, self._guards_of_base())
         verdict: Verdict = "accepted" if accepted else "not significant in composition"
         candidate = candidate.judged(composed=effect, verdict=verdict)
         self._note(candidate)
         if accepted:
-            self.accepted.append(candidate)
+            self._take([candidate])
         return accepted
+
+    def _take(self, members: Sequence[Candidate]) -> None:
+        self.accepted += members
+        self.steps.append(len(self.accepted))
+
+    def _guards_of_base(self) -> Sequence[Pairs]:
+        """Return the guards' losses on the base, which the first accepted one was compared with."""
+        return self.accepted[0].guards if self.accepted else ()
 
     def _together(self) -> Generator[Stage, list[Change], None]:
         """Try the weakly helpful ones in nested groups; accept the group that helps most, if one does."""
@@ -258,17 +278,17 @@ class Composition:
         units = tuple(self._unit(group, f"{len(group)} weaker ones together") for group in groups)
         changes = yield Stage("compose groups", units)
         helpful = [
-            (change.pairs[0].comparison, group)
+            (change.objective.comparison, group)
             for group, change in zip(groups, changes, strict=True)
-            if helps(change, self.z_threshold)
+            if helps(change, self.z_threshold, self._guards_of_base())
         ]
         if not helpful:
             return
         effect, group = min(helpful, key=lambda pair: (pair[0].delta, len(pair[1])))
-        for candidate in group:
-            candidate = candidate.judged(composed=effect, verdict="accepted in a group")
+        members = [c.judged(composed=effect, verdict="accepted in a group") for c in group]
+        for candidate in members:
             self._note(candidate)
-            self.accepted.append(candidate)
+        self._take(members)
 
     def _weakly_helpful(self, candidate: Candidate) -> bool:
         alone = self._verdicts.get(candidate.reduction, candidate)
@@ -276,7 +296,7 @@ class Composition:
             alone.verdict == "not significant"
             and alone.alone is not None
             and alone.alone.improved(GROUP_Z)
-            and not any(guard.worsened(GUARD_Z) for guard in alone.guards)
+            and not any(guard.comparison.worsened(GUARD_Z) for guard in alone.guards)
         )
 
     def _drop_taken(self, waiting: Sequence[Candidate]) -> list[Candidate]:

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-#: Bytes of a block in fp64. Smaller ones keep a processor no longer busy, larger ones only need memory.
-_BLOCK_BYTES = 8 << 20
-_LEAST_ROWS = 64
+#: Bytes of a block in fp64: larger ones are no faster. But a Gram matrix that no cache holds is read and written once
+#: for every block, which fewer rows than these are not worth.
+_BLOCK_BYTES = 1 << 20
+_LEAST_ROWS = 256
 
 
 def singular_values(w_OI: torch.Tensor) -> torch.Tensor:

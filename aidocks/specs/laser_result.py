@@ -90,10 +90,10 @@ class LaserResult(ModelResult):
     guards: tuple[PartScore, ...] = Field(
         (), description="What must not get worse, on the held-out and the report part of its data."
     )
-    withdrawn: bool = Field(
-        False, description="True when the held-out items contradicted the search, so the result is the base."
+    taken_back: tuple[str, ...] = Field(
+        (), description="Matrices whose reduction the search had accepted, until held-out data objected."
     )
-    withdrawn_because: str | None = Field(None, description="What contradicted it.")
+    taken_back_because: str | None = Field(None, description="The first objection.")
     candidates_tried: int = Field(description="Reductions that were measured.")
     candidates_screened: int = Field(0, description="Reductions of which a gradient predicted the effect.")
     matrices_scanned: int = Field(description="Matrices whose spectrum was computed.")

@@ -36,3 +36,12 @@ def test_numbers_by_name_are_columns() -> None:
     lines = _shown({"experts": rows})
     assert lines[1].split() == ["source", "model", "text", "experts[0]", "dead"]
     assert lines[2].split() == ["a", "0.25", "1", "no"]
+
+
+def test_of_long_texts_and_lists_the_beginning_or_the_number_is_shown() -> None:
+    text = "".join(f"line {number}\n" for number in range(40))
+    lines = _shown({"unfrozen_yaml": text, "names": [f"n{i}" for i in range(40)], "few": ["a", "b"]})
+    assert [line.strip() for line in lines[:7]] == [
+        "unfrozen yaml  line 0", *(f"line {i}" for i in range(1, 6)), "and 34 more lines (--json shows all)",
+    ]  # fmt: skip
+    assert [line.split(maxsplit=1)[1].strip() for line in lines[7:]] == ["40 (--json shows them)", "a, b"]

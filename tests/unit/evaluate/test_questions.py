@@ -46,6 +46,26 @@ def read(directory: Path, *records: Any) -> RecordSet:
             {"prompt": SAID, "chosen": [{"role": "assistant", "content": "Yes"}], "rejected": "No"},
             Preference((Message("user", "Hello?"),), (Message("assistant", "Yes"),), "No"),
         ),
+        (
+            {
+                "prompt": "Hello?",
+                "chosen": [*SAID, {"role": "assistant", "content": "Yes"}],
+                "rejected": [*SAID, {"role": "assistant", "content": "No"}],
+            },
+            Preference(
+                (Message("user", "Hello?"),), (Message("assistant", "Yes"),), (Message("assistant", "No"),)
+            ),
+        ),
+        (
+            {
+                "prompt": "Hello?",
+                "chosen": [{"role": "assistant", "content": "Yes"}],
+                "rejected": [{"role": "assistant", "content": "No"}],
+            },
+            Preference(
+                (Message("user", "Hello?"),), (Message("assistant", "Yes"),), (Message("assistant", "No"),)
+            ),
+        ),
     ],
 )
 def test_the_usual_forms_are_known(tmp_path: Path, record: dict[str, Any], expected: object) -> None:
@@ -91,6 +111,7 @@ def test_a_record_that_cannot_be_read_names_its_line(tmp_path: Path, line: Any, 
         {"prompt": ["Hello?"], "chosen": "a", "rejected": "b"},
         {"prompt": SAID, "chosen": [{"role": "assistant"}], "rejected": "b"},
         {"prompt": "Hi", "chosen": None, "rejected": "b"},
+        {"prompt": "Hello?", "chosen": SAID, "rejected": SAID},
     ],
 )
 def test_other_forms_are_refused(tmp_path: Path, record: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ def singular_values(matrix: np.ndarray) -> np.ndarray:
     return np.linalg.svd(matrix, compute_uv=False)
 
 
+@settings(deadline=None)
 @given(beta=st.floats(0.01, 1.0))
 def test_density_integrates_to_the_distribution(beta: float) -> None:
     x = np.linspace(1 - math.sqrt(beta), 1 + math.sqrt(beta), 20_001)

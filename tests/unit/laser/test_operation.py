@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -274,29 +275,38 @@ def test_when_nothing_helps_the_result_is_the_base(settings: Settings, base: str
     )
 
 
-def test_a_search_that_held_out_chunks_contradict_is_withdrawn(
+def test_what_held_out_chunks_contradict_is_taken_back(
     settings: Settings, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from aidocks.laser.evaluation import Change, MeasureChange
 
     honest = MeasureChange.run
+    wrong: Callable[[MeasureChange], bool]
 
     def contradict(unit: MeasureChange, context: UnitContext) -> Change:
         change = honest(unit, context)
         if unit.part != "held_out" or not unit.added:
             return change
         worse = tuple(loss + 0.1 for loss in change.pairs[0].before if loss is not None)
-        return Change(pairs=(change.pairs[0].model_copy(update={"after": worse}),))
+        return Change(pairs=(change.pairs[0].model_copy(update={"after": worse}),)) if wrong(unit) else change
 
     monkeypatch.setattr(MeasureChange, "run", contradict)
-    driver = Driver(settings)
+    wrong = lambda unit: True  # noqa: E731 - which results the held-out data contradict
+    driver = Driver(settings, job_id="job-all")
     result = driver.run(spec(base))
-    assert result.withdrawn
+    assert result.taken_back
     assert result.accepted == ()
     assert score(result.search).before == score(result.search).after
     ledger = json.loads((Registry(settings.models_dir).path("result") / "report" / "ledger.json").read_text())
-    assert "withdrawn" in {line["decision"] for line in ledger["candidates"]}
-    assert any("Withdrawn" in message for message in driver.messages)
+    assert "taken back" in {line["decision"] for line in ledger["candidates"]}
+    assert any("Taken back" in message for message in driver.messages)
+
+    # The last acceptance is taken back first; what was accepted before it stays where it does no harm.
+    accepted = len(result.taken_back)
+    wrong = lambda unit: len(unit.added) == accepted  # noqa: E731
+    some = Driver(settings, job_id="job-some").run(spec(base, "some"))
+    assert 0 < len(some.accepted) < accepted
+    assert {a.name for a in some.accepted} | set(some.taken_back) == set(result.taken_back)
 
 
 def test_a_guard_that_gets_worse_stands_in_the_way(settings: Settings, base: str, tmp_path: Path) -> None:

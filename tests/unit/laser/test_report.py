@@ -188,14 +188,18 @@ def test_what_the_card_tells_when_nothing_helped() -> None:
     assert "byte for byte" in changed.text[0]
     assert comparison.table is not None
     assert comparison.table.rows[0][4:6] == ("", "")
-    (withdrawn,) = sections(
+    (undone,) = sections(
         nothing.model_copy(
-            update={"withdrawn": True, "withdrawn_because": "z = 4.1 on held-out items", "search": None}
+            update={
+                "taken_back": (NAME,),
+                "taken_back_because": "z = 4.1 on held-out items.",
+                "search": None,
+            }
         ),
         [],
     )
-    assert "withdrawn" in withdrawn.text[0]
-    assert "z = 4.1 on held-out items" in withdrawn.text[0]
+    assert "taken back" in undone.text[0]
+    assert "z = 4.1 on held-out items" in undone.text[0]
 
 
 @pytest.mark.parametrize(("output", "parameters", "told"), [
