@@ -5,7 +5,7 @@ set -euo pipefail
 
 model=${1:?usage: cli.sh MODEL [NAME]}
 name=${2:-$model-cli}
-small=(--chunks 2 --seqlen 32) # so that the example takes seconds; leave it out for real work
+small=(--chunks 8 --seqlen 32) # so that the example takes seconds; leave it out for real work
 
 # Flags, and progress until it is done.
 aidocks laser --base-model-name "$model" --laser-model-name "$name-laser" --candidates 2 "${small[@]}"

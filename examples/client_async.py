@@ -14,7 +14,7 @@ from aidocks import AsyncClient, AsyncJobHandle
 async def main(model: str, name: str) -> None:
     async with AsyncClient() as client:
         # Small numbers, so that the example takes seconds; leave them out for real work.
-        small = {"candidates": 2, "chunks": 2, "seqlen": 32}
+        small = {"candidates": 2, "chunks": 8, "seqlen": 32}
         jobs = [
             await client.laser(base_model_name=model, laser_model_name=f"{name}-{rule}", rule=rule, **small)
             for rule in ("marchenko_pastur", "laserrmt")

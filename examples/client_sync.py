@@ -13,7 +13,7 @@ from aidocks import AIDocksError, Client, LaserSpec
 def main(model: str, name: str) -> None:
     with Client() as client:  # AIDOCKS_URL, or the service that `aidocks up` started
         # Small numbers, so that the example takes seconds; the defaults are for real work.
-        spec = LaserSpec(base_model_name=model, laser_model_name=name, candidates=2, chunks=2, seqlen=32)
+        spec = LaserSpec(base_model_name=model, laser_model_name=name, candidates=2, chunks=8, seqlen=32)
         result = client.laser(spec).wait(progress=True)
         print(f"{result.model}: perplexity {result.held_out.before:.2f} -> {result.held_out.after:.2f}")
 

@@ -9,7 +9,7 @@ model=${1:?usage: http_curl.sh MODEL [NAME]}
 name=${2:-$model-curl}
 
 # Small numbers, so that the example takes seconds; leave the last three fields out for real work.
-body='{"base_model_name": "'$model'", "laser_model_name": "'$name'", "candidates": 2, "chunks": 2, "seqlen": 32}'
+body='{"base_model_name": "'$model'", "laser_model_name": "'$name'", "candidates": 2, "chunks": 8, "seqlen": 32}'
 
 # Submitting answers at once with the job. Repeating it with the same key returns the same job.
 job=$(curl --fail-with-body --silent --show-error "$url/laser" \

@@ -6,5 +6,5 @@ set -euo pipefail
 model=${1:?usage: local.sh MODEL [NAME]}
 name=${2:-$model-local}
 
-aidocks laser --local --base-model-name "$model" --laser-model-name "$name" --candidates 2 --chunks 2 --seqlen 32
+aidocks laser --local --base-model-name "$model" --laser-model-name "$name" --candidates 2 --chunks 8 --seqlen 32
 aidocks models list --local

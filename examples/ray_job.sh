@@ -10,4 +10,4 @@ name=${2:-$model-ray-job}
 eval "$(aidocks env)" # where the cluster is, and its token
 
 ray job submit -- python -m aidocks laser --base-model-name "$model" --laser-model-name "$name" \
-    --candidates 2 --chunks 2 --seqlen 32
+    --candidates 2 --chunks 8 --seqlen 32

@@ -15,7 +15,7 @@ def main(model: str, name: str) -> None:
     import ray
 
     # Small numbers, so that the example takes seconds; leave the last three out for real work.
-    spec = {"base_model_name": model, "laser_model_name": name, "candidates": 2, "chunks": 2, "seqlen": 32}
+    spec = {"base_model_name": model, "laser_model_name": name, "candidates": 2, "chunks": 8, "seqlen": 32}
     task = remote.laser.remote(spec)  # a job of the service; the task waits for it
     result = ray.get(task)
     print(result.model, result.path, f"{result.seconds:.1f} s")

@@ -20,7 +20,7 @@ from aidocks.laser.scan import MatrixSpectrum
 from aidocks.laser.scan_operation import HashWeights, scan
 from aidocks.laser.screening import ScreenCandidate, ScreenCandidates, combine
 from aidocks.laser.selection import (
-    GUARD_Z,
+    OBJECTION_Z,
     Candidate,
     Composition,
     Proposal,
@@ -304,7 +304,7 @@ def _objection(change: Change, objectives: Sequence[ObjectiveSource]) -> str | N
     if delta is None or delta >= 0:
         return f"on held-out data the {objectives[0].label} is not better."
     for guard, pairs in zip(objectives[1:], change.guards, strict=True):
-        if pairs.comparison.worsened(GUARD_Z):
+        if pairs.comparison.worsened(OBJECTION_Z):
             return f"on held-out data the guard {guard.label} is worse (z {_number(pairs.comparison.z)})."
     return None
 

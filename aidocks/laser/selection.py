@@ -18,8 +18,11 @@ from aidocks.laser.screening import Prediction
 from aidocks.plan import Stage
 from aidocks.specs.laser import LaserSpec, Truncation
 
-#: A guard is hurt when it gets worse by so many paired standard errors.
-GUARD_Z = 2.0
+#: A reduction is refused when a guard gets worse by so many paired standard errors on the search data: less than would
+#: prove harm, because small harms add up, and because there is always another reduction to try.
+GUARD_Z = 1.0
+#: Held-out data object to a result when a guard gets worse by so many.
+OBJECTION_Z = 2.0
 #: Reductions that helped by at least so many standard errors alone, but not significantly, are tried together.
 GROUP_Z = 1.0
 #: Measured reductions of one matrix, at most, of those that a prediction proposes.

@@ -42,7 +42,7 @@ def test_no_unit_runs_again_after_the_publication(
         "base_model_name": "base",
         "laser_model_name": "mine",
         "candidates": 2,
-        "chunks": 2,
+        "chunks": 8,
         "seqlen": 16,
     }
     job, token = claim(local_store, submit_job(settings, local_store, "laser", spec)[0])
