@@ -2,12 +2,14 @@
 
 Rules: ``x`` with a sibling ``x_standard_error`` (or followed by ``standard_error``) reads ``x ± se``; names
 tell units (``seconds``, ``_s``, ``bytes``, ``_at``); an object is one line of its facts; a list of objects
-is a table. In a row of a table, numbers by name are columns of these names, and so are objects of a name and a number.
+is a table, and so are several objects of the same facts. In a row of a table, numbers by name are columns of
+these names, and so are objects of a name and a number.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -35,11 +37,25 @@ def result_view(result: Mapping[str, Any]) -> Iterator[RenderableType]:
     for name in sorted(result, key=lambda name: (name not in _FIRST, name == "seconds")):
         value = result[name]
         (lists if _is_list_of_objects(value) else facts)[name] = value
+    _gather(facts, lists)
     # Long lists first: the summary stays on the screen.
     for name, rows in lists.items():
         yield table_of(rows, title=f"{_words(name)}: {len(rows)}", limit=_ROWS)
         yield ""
     yield fact_table(facts)
+
+
+def _gather(facts: dict[str, Any], lists: dict[str, Any]) -> None:
+    """Make one list of several objects that tell the same facts, and of the lists of such objects."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            groups.setdefault(tuple(value), []).append(name)
+    for keys, names in groups.items():
+        alike = [name for name, rows in lists.items() if tuple(rows[0]) == keys]
+        if len(names) > 1:
+            rows = [facts.pop(name) for name in names] + [row for name in alike for row in lists.pop(name)]
+            lists[", ".join([*names, *alike])] = rows
 
 
 def fact_table(facts: Mapping[str, Any]) -> Table:
@@ -65,14 +81,18 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None, limit:
     table = Table(
         title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False
     )
+    longest = {name: max((len(value_text(name, row.get(name))) for row in rows), default=0) for name in names}
+    room = shutil.get_terminal_size().columns
+    # In a terminal that is too narrow all columns give way: else those that may wrap would vanish.
+    fits = sum(max(longest[name], len(_words(name))) + 2 for name in names) <= room
     for number, name in enumerate(names):
-        longest = max((len(value_text(name, row.get(name))) for row in rows), default=0)
         numeric = any(isinstance(row.get(name), int | float) for row in rows)
+        short = longest[name] <= _ID_WIDTH // 2 or (number == 0 and longest[name] <= _ID_WIDTH)
         table.add_column(
             _words(name),
             justify="right" if numeric else "left",
             overflow="fold",
-            no_wrap=numeric or longest <= _ID_WIDTH // 2 or (number == 0 and longest <= _ID_WIDTH),
+            no_wrap=(numeric or short) and (fits or longest[name] <= _ID_WIDTH // 4 or (number == 0 and short)),
         )
     for row in rows[:limit]:
         cells = dict(_facts(row))

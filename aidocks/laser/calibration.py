@@ -199,7 +199,8 @@ def load_covariance(files: Sequence[OutputFile], address: str) -> torch.Tensor |
     """Return the mean of x xᵀ over the tokens of all shares, float64 [I, I]; None where none of them saw any.
 
     Args:
-        files: What all :class:`CollectCovariances` wrote, in order of their shares.
+        files: What all :class:`CollectCovariances` wrote, in order of their shares; of several objectives, too, each
+            of which then counts by its tokens.
         address: Of the matrix that reads x.
     """
     import torch

@@ -18,14 +18,17 @@ from aidocks.errors import AIDocksError, InvalidSpec, NameTaken, UnknownModel
 
 MEASURED = {
     "before": 30.123456, "before_standard_error": 0.5, "after": 29.5, "after_standard_error": 0.25,
-    "delta": -0.01, "delta_standard_error": 0.002, "z": -5.0, "tokens": 4096,
+    "delta": -0.01, "delta_standard_error": 0.002, "z": -5.0, "tokens": 4096, "items": 32,
+    "metric": "perplexity", "data": "prose",
 }  # fmt: skip
 RESULT = {
-    "model": "b", "path": "/models/b", "seconds": 75.0, "search": MEASURED, "held_out": MEASURED,
-    "candidates_tried": 15, "matrices_scanned": 20, "parameters": 134515008, "pictures": ["report/a.png"],
+    "model": "b", "path": "/models/b", "seconds": 75.0,
+    "search": MEASURED | {"part": "search"}, "held_out": MEASURED | {"part": "held_out"},
+    "candidates_tried": 15, "matrices_scanned": 20, "parameters": 134515008, "parameters_before": 134515008,
+    "pictures": ["report/a.png"],
     "accepted": [{
         "name": "model.layers.3.mlp.up_proj.weight", "layer": 3, "kind": "up", "rank": 9, "full_rank": 96,
-        "delta": -0.01, "standard_error": 0.002, "z": -5.0,
+        "truncation": "activation_aware", "rule": "laserrmt", "delta": -0.01, "standard_error": 0.002, "z": -5.0,
     }],
 }  # fmt: skip
 
@@ -123,7 +126,12 @@ def test_nested_fields_are_json(aidocks: Any, finished: Any) -> None:
         (("laser",), 3, "base_model_name"),
         (("laser", "--chunks", "0", "--base-model-name", "a", "--laser-model-name", "b"), 3, "chunks"),
         (("laser", "--chunks", "many"), 2, "--chunks"),
-        (("laser", "--rule", "other"), 2, "marchenko_pastur"),
+        (
+            ("laser", "--base-model-name", "a", "--laser-model-name", "b", "--rule", "other"),
+            3,
+            "marchenko_pastur",
+        ),
+        (("laser", "--selection", "other"), 2, "gradient"),
         (("laser", "missing.yaml"), 4, "missing.yaml"),
         (("lasre",), 2, "laser"),
         (("laser", "--local", "--detach"), 2, "--local"),

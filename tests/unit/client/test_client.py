@@ -37,10 +37,11 @@ MEASURED = dict.fromkeys(
         "z",
     ),
     1.0,
-) | {"tokens": 10}
+) | {"tokens": 10, "items": 2, "metric": "perplexity", "data": "prose"}
 RESULT = {
-    "model": "m", "path": "/models/m", "seconds": 1.5, "search": MEASURED, "held_out": MEASURED,
-    "candidates_tried": 1, "matrices_scanned": 2, "parameters": 3,
+    "model": "m", "path": "/models/m", "seconds": 1.5,
+    "search": MEASURED | {"part": "search"}, "held_out": MEASURED | {"part": "held_out"},
+    "candidates_tried": 1, "matrices_scanned": 2, "parameters": 3, "parameters_before": 3,
 }  # fmt: skip
 
 
