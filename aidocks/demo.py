@@ -34,10 +34,8 @@ QUESTION = "What is the capital of France?"
 LASER_REQUEST: dict[str, Any] = {
     "base_model_name": BASE,
     "laser_model_name": LASER,
-    "layers": "11-18",
-    "kinds": ["v_proj"],
-    "rule": "laserrmt",
-    "chunks": 64,
+    "kinds": ["k_proj", "v_proj"],
+    "candidates": 12,
 }
 MOE_REQUEST: dict[str, Any] = {
     "name": MOE,

@@ -28,6 +28,8 @@ NAMES = (
     "health",
     "start_up",
     "scan",
+    "suffix",
+    "truncation",
     "assembly",
     "moe_process",
     "moe_gates",

@@ -92,7 +92,8 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None, limit:
             _words(name),
             justify="right" if numeric else "left",
             overflow="fold",
-            no_wrap=(numeric or short) and (fits or longest[name] <= _ID_WIDTH // 4 or (number == 0 and short)),
+            no_wrap=(numeric or short)
+            and (fits or longest[name] <= _ID_WIDTH // 4 or (number == 0 and short)),
         )
     for row in rows[:limit]:
         cells = dict(_facts(row))

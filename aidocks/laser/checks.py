@@ -16,6 +16,7 @@ from aidocks.specs.laser import LaserSpec
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _FLOAT32_BYTES = 4
+_DEFAULT_GUARD_LENGTH = 128
 
 
 def resolve_objectives(spec: LaserSpec, allowed_roots: Sequence[Path]) -> tuple[ObjectiveSource, ...]:
@@ -25,19 +26,21 @@ def resolve_objectives(spec: LaserSpec, allowed_roots: Sequence[Path]) -> tuple[
         InvalidSpec: For data that do not exist or do not suit the metric, naming the field.
         PathNotAllowed: For a file outside the allowed roots.
     """
-    named = [(_field_of_data(spec), spec.decisive)]
-    named += [(f"guards[{number}]", guard) for number, guard in enumerate(spec.guards)]
-    return tuple(
-        resolve_objective(
-            objective,
-            allowed_roots,
-            seq_length=spec.seqlen,
-            seed=spec.seed,
-            chunks=spec.chunks if objective.metric == "perplexity" else None,
-            field=field,
-        )
-        for field, objective in named
+    decisive = resolve_objective(
+        spec.decisive,
+        allowed_roots,
+        seq_length=spec.seqlen,
+        seed=spec.seed,
+        chunks=spec.chunks,
+        field=_field(spec),
     )
+    # The shipped text is short: in chunks of the objective's length there might be too few of them.
+    length = min(spec.seqlen, _DEFAULT_GUARD_LENGTH) if spec.guards is None else spec.seqlen
+    guards = [
+        resolve_objective(guard, allowed_roots, seq_length=length, seed=spec.seed, field=f"guards[{number}]")
+        for number, guard in enumerate(spec.guarding)
+    ]
+    return (decisive, *guards)
 
 
 def size_objectives(
@@ -48,14 +51,19 @@ def size_objectives(
     Raises:
         InvalidSpec: For data that are too few.
     """
-    fields = [_field_of_data(spec), *(f"guards[{number}]" for number in range(len(spec.guards)))]
-    return tuple(
-        size_objective(source, model, chunks=spec.chunks, field=field)
-        for field, source in zip(fields, objectives, strict=True)
-    )
+    decisive, *guards = objectives
+    sized = [size_objective(decisive, model, chunks=spec.chunks, field=_field(spec))]
+    for number, guard in enumerate(guards):
+        known = size_objective(guard, model, field=f"guards[{number}]")
+        if spec.chunks is not None and guard.metric == "perplexity":
+            known = known.model_copy(
+                update={"sizes": {part: min(size, spec.chunks) for part, size in known.sizes.items()}}
+            )
+        sized.append(known)
+    return tuple(sized)
 
 
-def _field_of_data(spec: LaserSpec) -> str:
+def _field(spec: LaserSpec) -> str:
     return "objective" if spec.objective else "text"
 
 

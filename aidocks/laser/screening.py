@@ -124,14 +124,6 @@ class Prediction(BaseModel):
         """First and second order together: finds what does no harm, and what helps most."""
         return self.mean + self.fisher
 
-    @property
-    def merit(self) -> float:
-        """What to sort candidates by, the best first.
-
-        The expected change itself: by its z, tiny cuts that are sure to help a little would come first.
-        """
-        return self.change
-
 
 class ScreenCandidates(Unit[Screened]):
     """One forward and backward pass over one share of the calibration part, for all candidates at once."""

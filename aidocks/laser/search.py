@@ -23,8 +23,11 @@ from aidocks.laser.selection import (
     OBJECTION_Z,
     Candidate,
     Composition,
+    Cut,
     Proposal,
     choose_predicted,
+    cut_of,
+    merits_of,
     order_proposals,
     propose,
 )
@@ -106,7 +109,7 @@ class Search:
         )
 
     def _candidates(self, proposals: Sequence[Proposal]) -> Generator[Stage, list[Any], list[Candidate]]:
-        """Choose what is measured, by gradient or by the order that the request asks for."""
+        """Return what is measured: chosen by gradient, or by the order that the request asks for."""
         if self.spec.selection != "gradient":
             return (yield from self._decompose(order_proposals(proposals, self.spec)))
         candidates = yield from self._decompose(proposals)
@@ -120,23 +123,30 @@ class Search:
         return chosen
 
     def _screen(self, candidates: Sequence[Candidate]) -> Generator[Stage, list[Any], list[Candidate]]:
-        """Return the candidates with what one gradient pass predicts of them."""
+        """Return the candidates with what one gradient pass over objective and guards predicts of them."""
         asked = _screen_candidates(candidates)
         units = tuple(
             ScreenCandidates(
                 checkpoint=self.base.path,
-                objective=self.objectives[0],
+                objective=source,
                 group=group,
                 groups=GRADIENT_GROUPS,
                 candidates=asked,
             )
+            for source in self.objectives
             for group in range(GRADIENT_GROUPS)
         )
         screened = yield Stage("screen", units)
-        predictions = {(p.address, p.truncation, p.rank, p.shrink): p for p in combine(asked, screened)}
+        by_objective = [
+            combine(asked, screened[first : first + GRADIENT_GROUPS])
+            for first in range(0, len(screened), GRADIENT_GROUPS)
+        ]
+        merits = merits_of(by_objective)
+        predictions = {cut_of(prediction): prediction for prediction in by_objective[0]}
         return [
-            candidate.judged(prediction=predictions.get(_cut(candidate.reduction)))
+            candidate.judged(prediction=predictions[cut], merit=merits[cut])
             for candidate in candidates
+            if (cut := _cut(candidate.reduction)) in merits
         ]
 
     def _decompose(self, proposals: Sequence[Proposal]) -> Generator[Stage, list[Any], list[Candidate]]:
@@ -212,12 +222,13 @@ class Search:
         return tuple(
             CollectCovariances(
                 checkpoint=self.base.path,
-                objective=self.objectives[0],
+                objective=source,
                 matrices=tuple(addresses),
                 directory=self.workspace / "calibration",
                 shard=shard,
                 shards=COVARIANCE_SHARDS,
             )
+            for source in self.objectives
             for shard in range(COVARIANCE_SHARDS)
         )
 
@@ -272,7 +283,7 @@ def _candidate(proposal: Proposal, basis: Decomposition) -> Candidate:
     return Candidate(proposal=proposal, reduction=reduction)
 
 
-def _cut(reduction: Reduction) -> tuple[str, Truncation, int, bool]:
+def _cut(reduction: Reduction) -> Cut:
     return reduction.address, reduction.truncation, reduction.rank, reduction.shrink
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -25,9 +26,6 @@ GUARD_Z = 1.0
 OBJECTION_Z = 2.0
 #: Reductions that helped by at least so many standard errors alone, but not significantly, are tried together.
 GROUP_Z = 1.0
-#: Measured reductions of one matrix, at most, of those that a prediction proposes.
-PER_MATRIX = 2
-
 Verdict = Literal[
     "accepted",
     "accepted in a group",
@@ -66,7 +64,8 @@ class Candidate(BaseModel):
 
     Attributes:
         reduction: The same as units are told.
-        prediction: What one gradient pass said.
+        prediction: What one gradient pass said of the objective.
+        merit: What it said of objective and guards together; less is better, see :func:`merits_of`.
         alone: Effect on the base; None when it was not measured.
         items: Chunks or questions that it was measured on.
         guards: Losses of every guard on base and candidate; empty when the objective already said no.
@@ -78,6 +77,7 @@ class Candidate(BaseModel):
     proposal: Proposal
     reduction: Reduction
     prediction: Prediction | None = None
+    merit: float | None = None
     alone: Comparison | None = None
     items: int = 0
     guards: tuple[Pairs, ...] = ()
@@ -150,19 +150,41 @@ def order_proposals(proposals: Sequence[Proposal], spec: LaserSpec) -> list[Prop
     return ordered[: spec.num_candidates]
 
 
+#: What tells one reduction from all others: address, truncation, rank, shrink.
+Cut = tuple[str, Truncation, int, bool]
+
+
+def cut_of(prediction: Prediction) -> Cut:
+    """Return the reduction that a prediction is of."""
+    return prediction.address, prediction.truncation, prediction.rank, prediction.shrink
+
+
+def merits_of(predictions: Sequence[Sequence[Prediction]]) -> dict[Cut, float]:
+    """Return the predicted change of objective and guards together, for all cuts that every one of them judged.
+
+    Losses of different metrics have different units, so each change counts in units of the median standard error of
+    its objective's predictions.
+
+    Args:
+        predictions: Of the objective, then of each guard.
+    """
+    parts = []
+    for judged in predictions:
+        errors = [p.standard_error for p in judged if p.standard_error > 0]
+        unit = median(errors) if errors else 1.0
+        parts.append({cut_of(p): p.change / unit for p in judged})
+    common = set.intersection(*map(set, parts)) if parts else set()
+    return {cut: math.fsum(part[cut] for part in parts) for cut in common}
+
+
 def choose_predicted(candidates: Sequence[Candidate], limit: int | None) -> list[Candidate]:
-    """Return the candidates that the gradient pass thinks best of, the best first, some of each matrix at most."""
-    ordered = sorted(
-        (c for c in candidates if c.prediction is not None),
-        key=lambda c: (c.prediction.merit if c.prediction else 0.0, c.address, c.proposal.rank),
-    )
-    taken: dict[str, int] = {}
-    chosen = []
-    for candidate in ordered:
-        if taken.get(candidate.address, 0) < PER_MATRIX:
-            taken[candidate.address] = taken.get(candidate.address, 0) + 1
-            chosen.append(candidate)
-    return chosen[:limit]
+    """Return the candidates that the gradient pass thinks best of, the best first: one of each matrix."""
+    judged = [(candidate.merit, candidate) for candidate in candidates if candidate.merit is not None]
+    judged.sort(key=lambda pair: (pair[0], pair[1].address, pair[1].proposal.rank))
+    best: dict[str, Candidate] = {}
+    for _, candidate in judged:
+        best.setdefault(candidate.address, candidate)
+    return list(best.values())[:limit]
 
 
 def helps(change: Change, z_threshold: float, base: Sequence[Pairs] = ()) -> bool:

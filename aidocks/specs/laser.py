@@ -20,8 +20,9 @@ Truncation = Literal["activation_aware", "weight"]
 Selection = Literal["gradient", "snr", "backward", "exhaustive"]
 Output = Literal["dense", "factored"]
 
-#: What `keep` is when the request does not say: LASER's grid of fractions, and one share of the energy.
-DEFAULT_FRACTIONS = (0.9, 0.8, 0.4, 0.2, 0.1, 0.05, 0.01)
+#: What `keep` is when the request does not say: a grid of fractions, for one more costs a gradient pass next to
+#: nothing, and one share of the energy.
+DEFAULT_FRACTIONS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01)
 DEFAULT_ENERGIES = (0.9,)
 DEFAULT_RULES: tuple[Rule, ...] = ("laserrmt", "marchenko_pastur", "gavish_donoho", "fraction")
 
@@ -104,10 +105,11 @@ class LaserSpec(PublishableSpec):
         "of a set of questions, `preference` of chosen over rejected answers. Default: perplexity of `text`.",
         examples=["accuracy:capitals"],
     )
-    guards: tuple[Objective, ...] = Field(
-        (),
+    guards: tuple[Objective, ...] | None = Field(
+        None,
         max_length=8,
-        description="Further objectives that no reduction may make significantly worse.",
+        description="Further objectives that must not get worse. Default: perplexity of the shipped `prose`, unless "
+        "that is the objective itself; an empty list for none.",
         examples=[["accuracy:capitals"]],
     )
     text: str = Field(
@@ -235,6 +237,12 @@ class LaserSpec(PublishableSpec):
     def decisive(self) -> Objective:
         """What decides."""
         return self.objective or Objective(metric="perplexity", data=self.text)
+
+    @property
+    def guarding(self) -> tuple[Objective, ...]:
+        """What must not get worse: what makes one text more probable makes others less so."""
+        general = Objective(metric="perplexity", data="prose")
+        return ((general,) if self.decisive != general else ()) if self.guards is None else self.guards
 
     @property
     def decisions(self) -> tuple[tuple[Rule, float | None], ...]:

@@ -22,6 +22,7 @@ from aidocks.laser.selection import (
     Composition,
     Proposal,
     choose_predicted,
+    merits_of,
     order_proposals,
     propose,
 )
@@ -277,22 +278,33 @@ def test_without_a_gradient_the_noisiest_or_the_last_come_first() -> None:
     assert len(order_proposals(propose(spectra, everything), everything)) == 4
 
 
-def test_predicted_harm_comes_last_and_no_matrix_fills_the_list() -> None:
-    def predicted(index: int, rank: int, change: float) -> Candidate:
-        prediction = Prediction(
-            address=matrix(index).address,
-            truncation="weight",
-            rank=rank,
-            shrink=False,
-            mean=change,
-            standard_error=0.001,
-            fisher=0.0,
-        )
-        return candidate(index, rank).judged(prediction=prediction)
+def predicted(index: int, rank: int, change: float, error: float = 0.001) -> Prediction:
+    return Prediction(
+        address=matrix(index).address,
+        truncation="weight",
+        rank=rank,
+        shrink=False,
+        mean=change,
+        standard_error=error,
+        fisher=0.0,
+    )
 
-    given = [predicted(0, r, -0.01 - r / 1e4) for r in range(1, 6)] + [
-        predicted(1, 3, -0.005),
-        predicted(2, 3, 0.01),
+
+def test_each_matrix_comes_once_with_its_best_rank_and_predicted_harm_last() -> None:
+    changes = {(0, 3): -0.011, (0, 4): -0.012, (1, 3): -0.005, (2, 3): 0.01}
+    merits = merits_of([[predicted(*place, change) for place, change in changes.items()]])
+    given = [
+        candidate(index, rank).judged(merit=merits[matrix(index).address, "weight", rank, False])
+        for index, rank in changes
     ]
-    chosen = choose_predicted([*given, candidate(3)], 4)
-    assert [(c.proposal.matrix.layer, c.proposal.rank) for c in chosen] == [(0, 5), (0, 4), (1, 3), (2, 3)]
+    chosen = choose_predicted([*given, candidate(3)], 3)
+    assert [(c.proposal.matrix.layer, c.proposal.rank) for c in chosen] == [(0, 4), (1, 3), (2, 3)]
+    assert len(choose_predicted(given, 2)) == 2
+
+
+def test_objective_and_guards_count_alike_whatever_their_units() -> None:
+    objective = [predicted(0, 3, -0.002), predicted(1, 3, -0.001), predicted(2, 3, -0.003)]
+    guard = [predicted(0, 3, 3.0, error=1.0), predicted(1, 3, -1.0, error=1.0)]
+    merits = merits_of([objective, guard])
+    addresses = {address: merit for (address, *_), merit in merits.items()}
+    assert addresses == pytest.approx({matrix(0).address: 1.0, matrix(1).address: -2.0})

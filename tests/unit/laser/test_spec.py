@@ -103,9 +103,12 @@ def test_rules_and_the_shares_that_they_keep() -> None:
 def test_objectives_in_short_and_in_full() -> None:
     given = spec(objective="accuracy:facts.jsonl", guards=["perplexity", {"metric": "accuracy", "data": "x"}])
     assert str(given.decisive) == "accuracy:facts.jsonl"
-    assert [str(guard) for guard in given.guards] == ["perplexity:prose", "accuracy:x"]
+    assert [str(guard) for guard in given.guarding] == ["perplexity:prose", "accuracy:x"]
     assert str(spec(text="/a/b.txt").decisive) == "perplexity:/a/b.txt"
     assert LaserSpec.model_validate_json(given.model_dump_json()) == given
+    assert spec().guarding == ()
+    assert [str(guard) for guard in spec(text="/a/b.txt").guarding] == ["perplexity:prose"]
+    assert spec(text="/a/b.txt", guards=[]).guarding == ()
 
 
 def test_every_field_explains_itself() -> None:
