@@ -46,7 +46,7 @@ def main() -> None:
 
 def _run(fields: dict[str, str]) -> None:
     """One run of ours; prints its scores and what it took."""
-    values = {name: _value(text) for name, text in fields.items()}
+    values = {"text": str(_text())} | {name: _value(text) for name, text in fields.items()}
     result, usage = _ours(values)
     _show_ours(result, usage)
     _write(
@@ -57,7 +57,7 @@ def _run(fields: dict[str, str]) -> None:
 def _compare(chunks: int) -> None:
     """Both procedures on the same model and the same search tokens; then both results on the same held-out chunks."""
     model, _ = smol_experts()
-    result, ours = _ours({"text": str(_text()), "chunks": chunks})
+    result, ours = _ours({"text": str(_text()), "chunks": chunks, "candidates": ORIGINAL_CANDIDATES, "guards": []})
     _show_ours(result, ours)
     told = scratch_dir() / "laser-original.json"
     command = [sys.executable, "-m", "benchmarks.laser_quality", "original", model, str(chunks), told]

@@ -43,7 +43,7 @@ def list_jobs(
     else:
         from aidocks.cli.render import table_of
 
-        out().print(table_of([_row(job) for job in listed]))
+        out().print(table_of([_row(job) for job in listed]), soft_wrap=True)
 
 
 @app.command("show")

@@ -34,7 +34,7 @@ def list_models(local: Local = False, json: Json = False, url: Url = None) -> No
     else:
         from aidocks.cli.render import table_of
 
-        out().print(table_of([_row(info) for info in listed]))
+        out().print(table_of([_row(info) for info in listed]), soft_wrap=True)
 
 
 @app.command("show")
@@ -53,10 +53,10 @@ def show_model(model: Name, local: Local = False, json: Json = False, url: Url =
 
     request, metrics, files, _ = (document.pop(name) for name in ("spec", "metrics", "files", "sections"))
     for part in (*result_view(metrics), "[bold]request[/]", fact_table(request)):
-        out().print(part)
+        out().print(part, soft_wrap=True)
     out().print("[bold]model[/]")
     for part in result_view(document | {"files": len(files)}):
-        out().print(part)
+        out().print(part, soft_wrap=True)
 
 
 @app.command("files")
@@ -74,7 +74,7 @@ def list_files(model: Name, local: Local = False, json: Json = False, url: Url =
         return
     from aidocks.cli.render import table_of
 
-    out().print(table_of(rows))
+    out().print(table_of(rows), soft_wrap=True)
 
 
 @app.command("path")

@@ -26,6 +26,8 @@ _ROWS = 12
 _LINES = 12
 #: The first column tells what a row is; a job's id has 24 characters.
 _ID_WIDTH = 24
+#: Texts in a wide table are broken beyond it.
+_TEXT_WIDTH = 60
 #: Numbers that are names: not grouped.
 _IDENTIFIERS = ("pid", "port", "seed")
 
@@ -81,23 +83,22 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None, limit:
     table = Table(
         title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False
     )
-    longest = {name: max((len(value_text(name, row.get(name))) for row in rows), default=0) for name in names}
-    room = shutil.get_terminal_size().columns
-    # In a terminal that is too narrow all columns give way: else those that may wrap would vanish.
-    fits = sum(max(longest[name], len(_words(name))) + 2 for name in names) <= room
+    cells = [dict(_facts(row)) for row in rows]
+    widths = {name: max([len(_words(name)), *(len(row.get(name, "")) for row in cells)]) for name in names}
     for number, name in enumerate(names):
         numeric = any(isinstance(row.get(name), int | float) for row in rows)
-        short = longest[name] <= _ID_WIDTH // 2 or (number == 0 and longest[name] <= _ID_WIDTH)
         table.add_column(
             _words(name),
             justify="right" if numeric else "left",
             overflow="fold",
-            no_wrap=(numeric or short)
-            and (fits or longest[name] <= _ID_WIDTH // 4 or (number == 0 and short)),
+            no_wrap=numeric or widths[name] <= (_ID_WIDTH if number == 0 else _ID_WIDTH // 2),
         )
-    for row in rows[:limit]:
-        cells = dict(_facts(row))
-        table.add_row(*(Text(cells.get(name, "")) for name in names))
+    needed = sum(min(width, _TEXT_WIDTH) + 2 for width in widths.values())
+    if needed > shutil.get_terminal_size().columns:
+        # Lines that the terminal breaks are easier to read than columns of three letters.
+        table.width = needed
+    for row in cells[:limit]:
+        table.add_row(*(Text(row.get(name, "")) for name in names))
     if limit is not None and len(rows) > limit:
         table.caption = f"and {len(rows) - limit} more (--json shows all)"
         table.caption_justify = "left"

@@ -129,7 +129,7 @@ def finish(job: Job) -> None:
     from aidocks.cli.render import result_view
 
     for part in result_view(result.model_dump(mode="json")):
-        out().print(part)
+        out().print(part, soft_wrap=True)
 
 
 def _leave(code: int) -> NoReturn:
