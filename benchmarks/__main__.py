@@ -28,6 +28,7 @@ NAMES = (
     "health",
     "start_up",
     "scan",
+    "scan_workers",
     "suffix",
     "truncation",
     "assembly",

@@ -1,12 +1,14 @@
 """What /laser is worth: its cost beside the original recipe's at equal tokens, and what it does for a model.
 
-python -m benchmarks.laser_quality peer [chunks]             cost and held-out perplexity, beside laserRMT's procedure
-python -m benchmarks.laser_quality run [FIELD=VALUE ...]     one run on SmolLM2-135M, with default settings otherwise
+python -m benchmarks.laser_quality peer CHUNKS [FIELD=VALUE ...]
+        cost and held-out perplexity, beside laserRMT's procedure
+python -m benchmarks.laser_quality run [FIELD=VALUE ...]
+        one run on SmolLM2-135M, with default settings otherwise
 
 The procedure of laserRMT (rmt_laser_snr): singular values of every matrix in fp64, threshold IQR / 1.349 *
 (1 + sqrt(beta)), signal-to-noise ratio over all kinds, the 15 lowest; of each a full fp64 decomposition, the whole
-evaluation, and it stays unless the perplexity rose. Texts: ``wikitext2_raw_test.txt`` of ``AIDOCKS_BENCH_DATA``.
-Writes ``benchmarks/results/laser-<what>.json``.
+evaluation, and it stays unless the perplexity rose. Texts of ``AIDOCKS_BENCH_DATA``: wikitext2, and with C4 where
+many tokens are needed. Writes ``benchmarks/results/laser-<what>.json``.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -39,14 +42,18 @@ def main() -> None:
     if given.what == "original":
         _original(Path(given.arguments[0]), int(given.arguments[1]), Path(given.arguments[2]))
     elif given.what == "peer":
-        _compare(int(given.arguments[0]) if given.arguments else 128)
+        _compare(int(given.arguments[0]), _fields(given.arguments[1:]))
     else:
-        _run(dict(pair.split("=", 1) for pair in given.arguments))
+        _run(_fields(given.arguments))
 
 
-def _run(fields: dict[str, str]) -> None:
+def _fields(pairs: list[str]) -> dict[str, Any]:
+    return {name: _value(text) for name, text in (pair.split("=", 1) for pair in pairs)}
+
+
+def _run(fields: dict[str, Any]) -> None:
     """One run of ours; prints its scores and what it took."""
-    values = {"text": str(_text())} | {name: _value(text) for name, text in fields.items()}
+    values = {"text": str(_text())} | fields
     result, usage = _ours(values)
     _show_ours(result, usage)
     _write(
@@ -54,10 +61,10 @@ def _run(fields: dict[str, str]) -> None:
     )
 
 
-def _compare(chunks: int) -> None:
+def _compare(chunks: int, fields: dict[str, Any]) -> None:
     """Both procedures on the same model and the same search tokens; then both results on the same held-out chunks."""
     model, _ = smol_experts()
-    result, ours = _ours({"text": str(_text()), "chunks": chunks, "candidates": ORIGINAL_CANDIDATES, "guards": []})
+    result, ours = _ours({"text": str(_long_text()), "chunks": chunks, "guards": [], **fields})
     _show_ours(result, ours)
     told = scratch_dir() / "laser-original.json"
     command = [sys.executable, "-m", "benchmarks.laser_quality", "original", model, str(chunks), told]
@@ -98,7 +105,7 @@ def _original(model: Path, chunks: int, target: Path) -> None:
     from aidocks.laser.matrices import find_matrices
 
     loaded = load(model, "bfloat16", "cpu")
-    text = resolve_text(str(_text()), (Path("/"),))
+    text = resolve_text(str(_long_text()), (Path("/"),))
     names = [matrix.address for matrix in find_matrices(_open(model).entries)]
     weights = {name: loaded.network.get_parameter(name) for name in names}
     ratios = {name: _ratio(torch.linalg.svdvals(w.detach().double()), w) for name, w in weights.items()}
@@ -145,7 +152,7 @@ def _held_out(model: Path, result: Path, accepted: list[list[Any]]) -> dict[str,
     from aidocks.evaluate.perplexity import compare
     from aidocks.evaluate.texts import resolve_text
 
-    text = resolve_text(str(_text()), (Path("/"),))
+    text = resolve_text(str(_long_text()), (Path("/"),))
     measure = {"split": "held_out", "seq_length": SEQ_LENGTH, "chunks": HELD_OUT}
     base = load(model, "bfloat16", "cpu")
     before = base.measure(text, **measure)
@@ -179,6 +186,18 @@ def _show_ours(result: dict[str, Any], usage: Usage) -> None:
 
 def _text() -> Path:
     return data_dir("wikitext2_raw_test.txt")
+
+
+def _long_text() -> Path:
+    """Return a file of wikitext2 and C4, article by article: two of the three texts that the original takes."""
+    target = scratch_dir() / "wikitext2-and-c4.jsonl"
+    if not target.exists():
+        articles = re.split(r"\n(?= = [^=])", _text().read_text(encoding="utf-8"))
+        pages = data_dir("c4_sample.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [*articles, *(json.loads(page)["text"] for page in pages)]
+        lines = (json.dumps({"text": record}) + "\n" for record in records if record.strip())
+        target.write_text("".join(lines), encoding="utf-8")
+    return target
 
 
 def _open(model: Path) -> Any:

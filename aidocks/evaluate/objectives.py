@@ -163,7 +163,7 @@ def _size_text(source: ObjectiveSource, model_dir: Path, chunks: int | None) -> 
                 else "Use a longer text or shorter chunks (`seqlen`).",
             )
         calibration, search = min(_CHUNKS["calibration"], halves.search - chunks), chunks
-        told = min(chunks, halves.held_out // 2)
+        told = min(chunks, _CHUNKS["report"], halves.held_out // 2)
     return {"calibration": calibration, "search": search, "held_out": told, "report": told}
 
 

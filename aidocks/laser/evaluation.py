@@ -57,6 +57,9 @@ class MeasureChange(Unit[Change]):
         None,
         description="Significance at which the first objective's measurement ends early; None for never.",
     )
+    share: float = Field(
+        1.0, gt=0, le=1, description="Of the first objective's items, at which it ends, decided or not."
+    )
     dtype: str | None = Field(
         None, description="Computation type; None lets the worker choose what it does well."
     )
@@ -77,7 +80,9 @@ class MeasureChange(Unit[Change]):
         bench.set_base(self.base)
         objective, *guards = self.objectives
         total = objective.sizes[self.part]
-        pairs = [bench.measure(objective, self.part, self.added, z_threshold=self.z_threshold)]
+        pairs = [
+            bench.measure(objective, self.part, self.added, z_threshold=self.z_threshold, share=self.share)
+        ]
         if self.z_threshold is None or decide(pairs[0], total, self.z_threshold) == "accept":
             pairs += [bench.measure(guard, self.part, self.added) for guard in guards]
         return Change(pairs=tuple(pairs))

@@ -37,6 +37,8 @@ from aidocks.specs.laser import LaserSpec, Truncation
 #: Shares of the calibration data, fixed, so that the sums do not depend on the number of workers.
 COVARIANCE_SHARDS = 2
 GRADIENT_GROUPS = 8
+#: Of the search items that predicted candidates are measured on alone, before the promising ones are composed.
+QUALIFYING_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,13 @@ class Search:
         if not candidates:
             return []
         ordered = sorted(candidates, key=lambda c: (c.proposal.matrix.order, c.proposal.rank))
-        changes = yield Stage("candidates", tuple(self._unit((), (c,), c.label) for c in ordered))
+        # A prediction chose few and good ones: what a share of the items makes of them is enough to go on.
+        share = QUALIFYING_SHARE if self.spec.selection == "gradient" else 1.0
+        units = tuple(self._unit((), (c,), c.label).model_copy(update={"share": share}) for c in ordered)
+        changes = yield Stage("candidates", units)
         known = {c.reduction: change for c, change in zip(ordered, changes, strict=True)}
-        return [c.measured(known[c.reduction], self.spec.z_threshold) for c in candidates]
+        total = self.objectives[0].sizes["search"]
+        return [c.measured(known[c.reduction], total, self.spec.z_threshold) for c in candidates]
 
     def _verify(
         self, candidates: Sequence[Candidate], composition: Composition

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from aidocks.evaluate.measurements import Pairs
+from aidocks.evaluate.measurements import Pairs, decide
 from aidocks.evaluate.perplexity import Comparison
 from aidocks.laser.evaluation import Change, MeasureChange
 from aidocks.laser.matrices import Matrix, Reduction
@@ -24,11 +24,13 @@ from aidocks.specs.laser import LaserSpec, Truncation
 GUARD_Z = 1.0
 #: Held-out data object to a result when a guard gets worse by so many.
 OBJECTION_Z = 2.0
-#: Reductions that helped by at least so many standard errors alone, but not significantly, are tried together.
-GROUP_Z = 1.0
+#: Reductions that helped by at least so many standard errors alone, but not significantly, are tried on top of what is
+#: accepted, and in the end together.
+PROMISING_Z = 1.0
 Verdict = Literal[
     "accepted",
     "accepted in a group",
+    "promising",
     "not significant",
     "hurts a guard",
     "not significant in composition",
@@ -67,6 +69,7 @@ class Candidate(BaseModel):
         prediction: What one gradient pass said of the objective.
         merit: What it said of objective and guards together; less is better, see :func:`merits_of`.
         alone: Effect on the base; None when it was not measured.
+        decisive: Whether that is significant as it stands.
         items: Chunks or questions that it was measured on.
         guards: Losses of every guard on base and candidate; empty when the objective already said no.
         composed: Effect on top of the reductions accepted before it; None when that was not measured.
@@ -79,6 +82,7 @@ class Candidate(BaseModel):
     prediction: Prediction | None = None
     merit: float | None = None
     alone: Comparison | None = None
+    decisive: bool = False
     items: int = 0
     guards: tuple[Pairs, ...] = ()
     composed: Comparison | None = None
@@ -96,14 +100,23 @@ class Candidate(BaseModel):
         """Return the candidate with more known about it."""
         return self.model_copy(update=update)
 
-    def measured(self, change: Change, z_threshold: float) -> Candidate:
-        """Return the candidate with its effect alone, and the verdict on that."""
-        alone = change.objective.comparison
+    def measured(self, change: Change, total: int, z_threshold: float) -> Candidate:
+        """Return the candidate with its effect alone, and the verdict on that.
+
+        Args:
+            change: What was measured.
+            total: Items that a whole measurement has.
+            z_threshold: Significance that it would need.
+        """
+        alone, decision = change.objective.comparison, decide(change.objective, total, z_threshold)
         verdict: Verdict = "not significant"
-        if alone.improved(z_threshold) and not helps(change, z_threshold):
-            verdict = "hurts a guard"
+        if decision == "accept":
+            verdict = "promising" if helps(change, z_threshold) else "hurts a guard"
+        elif decision == "continue" and alone.improved(PROMISING_Z):
+            verdict = "promising"
         return self.judged(
             alone=alone,
+            decisive=decision == "accept",
             items=len(change.objective.positions),
             guards=change.guards,
             verdict=verdict,
@@ -213,14 +226,14 @@ MakeUnit = Callable[[Sequence[Candidate], Sequence[Candidate], str], MeasureChan
 class Composition:
     """The composition of measured candidates, one acceptance after another.
 
-    Those that helped significantly alone are tested again on top of what was accepted before, the most helpful first
-    (or, for ``backward``, in the order of the candidates). The next ``parallelism`` of them are measured at once on the
-    present state; the first that helps is accepted and the measurements after it are discarded, because the state has
-    changed. So the answer is that of a strictly sequential search, whatever the parallelism. Last, those that helped
-    alone, but not significantly, are tried together: all, the better half, the better quarter of them and so on.
+    Those that are promising alone are tested on top of what was accepted before, the most helpful first (or, for
+    ``backward``, in the order of the candidates). The next ``parallelism`` of them are measured at once on the present
+    state; the first that helps is accepted and the measurements after it are discarded, because the state has changed.
+    So the answer is that of a strictly sequential search, whatever the parallelism. Last, those that helped, but not
+    significantly, are tried together: all, the better half, the better quarter of them and so on.
 
     Attributes:
-        candidates: Measured ones, with ``alone`` set.
+        candidates: As :meth:`Candidate.measured` returns them.
         make_unit: See :data:`MakeUnit`.
         z_threshold: Significance that every test requires.
         max_accepted: Accepted reductions at most; None for no limit.
@@ -247,13 +260,15 @@ class Composition:
         return [self._verdicts.get(candidate.reduction, candidate) for candidate in self.candidates]
 
     def _one_by_one(self) -> Generator[Stage, list[Change], None]:
-        waiting = [c for c in self.candidates if self._promising(c)]
+        waiting = [c for c in self.candidates if c.verdict == "promising"]
         if not self.in_order:
-            waiting.sort(key=lambda c: (_delta(c), c.address, c.proposal.rank))
+            waiting.sort(key=lambda c: (not c.decisive, _delta(c), c.address, c.proposal.rank))
         while waiting and self._room():
-            batch = waiting[: self.parallelism] if self.accepted else waiting[:1]
+            # What was significant on the base needs no second measurement while the base is the present state.
+            known = not self.accepted and waiting[0].decisive
+            batch = waiting[:1] if known else waiting[: self.parallelism]
             tried: Sequence[Change | None] = [None]
-            if self.accepted:
+            if not known:
                 tried = yield Stage("compose", tuple(self._unit((c,), f"+ {c.label}") for c in batch))
             for candidate, change in zip(batch, tried, strict=True):
                 waiting.remove(candidate)
@@ -263,16 +278,15 @@ class Composition:
         for candidate in waiting:
             self._note(candidate.judged(verdict="limit reached"))
 
-    def _promising(self, candidate: Candidate) -> bool:
-        alone = candidate.alone
-        return alone is not None and alone.improved(self.z_threshold) and candidate.verdict != "hurts a guard"
-
     def _decide(self, candidate: Candidate, change: Change | None) -> bool:
         """Accept a candidate or not; without a change, because it helped alone and nothing was accepted yet."""
         effect = change.objective.comparison if change else candidate.alone
         accepted = change is None or helps(change, self.z_threshold, self._guards_of_base())
         verdict: Verdict = "accepted" if accepted else "not significant in composition"
-        candidate = candidate.judged(composed=effect, verdict=verdict)
+        if not accepted and effect and effect.improved(self.z_threshold):
+            verdict = "hurts a guard"
+        guards = change.guards if change and change.guards else candidate.guards
+        candidate = candidate.judged(composed=effect, verdict=verdict, guards=guards)
         self._note(candidate)
         if accepted:
             self._take([candidate])
@@ -291,7 +305,8 @@ class Composition:
         if not self._room():
             return
         taken = {candidate.address for candidate in self.accepted}
-        weak = [c for c in self.candidates if c.address not in taken and self._weakly_helpful(c)]
+        judged = (self._verdicts.get(c.reduction, c) for c in self.candidates)
+        weak = [c for c in judged if c.address not in taken and self._weakly_helpful(c)]
         best_of_matrix: dict[str, Candidate] = {}
         for candidate in sorted(weak, key=lambda c: (_z(c), c.address, c.proposal.rank)):
             best_of_matrix.setdefault(candidate.address, candidate)
@@ -316,13 +331,9 @@ class Composition:
         self._take(members)
 
     def _weakly_helpful(self, candidate: Candidate) -> bool:
-        alone = self._verdicts.get(candidate.reduction, candidate)
-        return (
-            alone.verdict == "not significant"
-            and alone.alone is not None
-            and alone.alone.improved(GROUP_Z)
-            and not any(guard.comparison.worsened(GUARD_Z) for guard in alone.guards)
-        )
+        effect = candidate.composed or candidate.alone
+        weak = candidate.verdict in ("not significant", "not significant in composition")
+        return weak and effect is not None and effect.improved(PROMISING_Z)
 
     def _drop_taken(self, waiting: Sequence[Candidate]) -> list[Candidate]:
         """Return those whose matrix no accepted reduction changes; note that of the others."""
@@ -358,4 +369,5 @@ def _delta(candidate: Candidate) -> float:
 
 
 def _z(candidate: Candidate) -> float:
-    return candidate.alone.z if candidate.alone and candidate.alone.z is not None else math.inf
+    effect = candidate.composed or candidate.alone
+    return effect.z if effect and effect.z is not None else math.inf

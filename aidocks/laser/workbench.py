@@ -127,6 +127,7 @@ class Workbench:
         added: Sequence[Reduction] = (),
         *,
         z_threshold: float | None = None,
+        share: float = 1.0,
     ) -> Pairs:
         """Measure the base and the base with further reductions on the same items.
 
@@ -136,6 +137,7 @@ class Workbench:
             added: On top of the base.
             z_threshold: Stop at a look as soon as :func:`~aidocks.evaluate.measurements.decide` has decided; None
                 to measure all items. It always stops at the first loss of a changed model that is not finite.
+            share: Stop, decided or not, at the first look that has this share of the items.
 
         Returns:
             The items measured so far, and their losses.
@@ -163,7 +165,8 @@ class Workbench:
                 if None in finite_losses(changed):
                     return self._pairs(task, positions, before, after, tokens)
             pairs = self._pairs(task, positions, before, after, tokens)
-            if z_threshold is not None and decide(pairs, task.size, z_threshold) != "continue":
+            decided = z_threshold is not None and decide(pairs, task.size, z_threshold) != "continue"
+            if decided or len(positions) >= share * task.size:
                 break
         return pairs
 

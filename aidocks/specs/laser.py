@@ -127,8 +127,8 @@ class LaserSpec(PublishableSpec):
         None,
         ge=8,
         le=100_000,
-        description="Chunks of text that the search measures on; as many others verify the result, and as many again "
-        "report it. Default: up to 128, as the text allows.",
+        description="Chunks of text that the search measures on; as many others (128 at most) verify the result, and "
+        "as many again report it. Default: up to 128, as the text allows.",
         examples=[64],
     )
     layers: Layers = Field(

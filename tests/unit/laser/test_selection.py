@@ -103,7 +103,8 @@ class Simulation:
     def run(self, in_order: bool = False, **options: Any) -> tuple[list[int], dict[int, str]]:
         alone = {"z_threshold": 3.0, "max_accepted": None, "parallelism": 1} | options
         candidates = [
-            candidate(i).measured(self.change([], [i]), alone["z_threshold"]) for i in range(len(self.single))
+            candidate(i).measured(self.change([], [i]), ITEMS, alone["z_threshold"])
+            for i in range(len(self.single))
         ]
         composition = Composition(candidates, _unit, in_order=in_order, **alone)
         plan = composition.run()
@@ -191,7 +192,7 @@ def test_what_hurts_a_guard_is_never_accepted() -> None:
 
 def test_one_reduction_of_a_matrix_is_enough() -> None:
     change = Simulation([-0.05]).change([], [0])
-    candidates = [candidate(0, rank).measured(change, 3.0) for rank in (4, 5)]
+    candidates = [candidate(0, rank).measured(change, ITEMS, 3.0) for rank in (4, 5)]
     composition = Composition(candidates, _unit, z_threshold=3.0, max_accepted=None, parallelism=2)
     with pytest.raises(StopIteration) as stop:
         next(composition.run())
