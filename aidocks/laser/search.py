@@ -177,8 +177,10 @@ class Search:
         if not candidates:
             return []
         ordered = sorted(candidates, key=lambda c: (c.proposal.matrix.order, c.proposal.rank))
-        # A prediction chose few and good ones: what a share of the items makes of them is enough to go on.
-        share = QUALIFYING_SHARE if self.spec.selection == "gradient" else 1.0
+        # A prediction chose few and good ones: what a share of the chunks makes of them is enough to go on. The answers
+        # to a share of the questions tell too little.
+        predicted = self.spec.selection == "gradient" and self.objectives[0].metric == "perplexity"
+        share = QUALIFYING_SHARE if predicted else 1.0
         units = tuple(self._unit((), (c,), c.label).model_copy(update={"share": share}) for c in ordered)
         changes = yield Stage("candidates", units)
         known = {c.reduction: change for c, change in zip(ordered, changes, strict=True)}
