@@ -45,8 +45,7 @@ from aidocks.plan import UnitContext
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-model, cache, threads, everything = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "all"
-torch.set_num_threads(threads)
+model, cache, everything = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "all"
 spectrum.singular_values(torch.randn(300, 300))
 context = UnitContext(cache)
 checkpoint = open_checkpoint(model, context)
@@ -71,19 +70,18 @@ def run() -> list[Comparison]:
 
 
 def _wall(model: Path, scratch: Path) -> Comparison:
-    cores = os.cpu_count() or 1
-    found = [_scan(model, scratch / f"wall-{run}", cores, "layers") for run in range(RUNS)]
+    found = [_scan(model, scratch / f"wall-{run}", "layers") for run in range(RUNS)]
     return Comparison(
         "spectral scan of all layers, after import",
         tuple(one["seconds"] for one in found),
         (LIMIT_S,) * RUNS,
         "the limit",
-        facts={"matrices": found[0]["matrices"], "threads": cores, "CPU seconds": round(found[0]["cpu"], 2)},
+        facts={"matrices": found[0]["matrices"], "CPU seconds": round(found[0]["cpu"], 2)},
     )
 
 
 def _memory(model: Path, scratch: Path) -> Comparison:
-    found = _scan(model, scratch / "memory", 1, "all")
+    found = _scan(model, scratch / "memory", "all")
     return Comparison(
         "spectral scan, peak memory above what is imported",
         (found["peak"] / 1e6,),
@@ -94,10 +92,10 @@ def _memory(model: Path, scratch: Path) -> Comparison:
     )
 
 
-def _scan(model: Path, cache: Path, threads: int, which: str) -> dict[str, Any]:
+def _scan(model: Path, cache: Path, which: str) -> dict[str, Any]:
     # As the command line has it: see aidocks.executor.let_threads_sleep.
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-c", _SCAN, str(model), str(cache), str(threads), which]
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-c", _SCAN, str(model), str(cache), which]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -78,7 +78,7 @@ def _damage(
     matrices = spread(find_matrices(Checkpoint(model).entries), MATRICES)
     covariances = CollectCovariances(
         checkpoint=model,
-        objective=objective,
+        objectives=(objective,),
         matrices=tuple(matrix.address for matrix in matrices),
         directory=context.workspace,
     )

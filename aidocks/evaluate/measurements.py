@@ -1,7 +1,8 @@
 """Paired measurements of a model before and after a change, and when enough of them have been made.
 
 The items (chunks, questions, preferences) are the independent units: every error is that of a mean over items, and a
-change is judged by the differences item by item.
+change is judged by the differences item by item. An error that is estimated from few items is itself uncertain, so
+what counts is not the z that is shown but the one that is as improbable as Student's t of so many items.
 """
 
 from __future__ import annotations
@@ -63,6 +64,16 @@ class Pairs(BaseModel):
             return Comparison(delta=None, standard_error=None, z=None)
         return compare_losses(before, after)
 
+    def improved(self, z_threshold: float) -> bool:
+        """Say whether the loss fell significantly, at the threshold's level for any number of items."""
+        z = self.comparison.z
+        return z is not None and normal_equivalent(z, len(self.positions)) <= -z_threshold
+
+    def worsened(self, z_threshold: float) -> bool:
+        """Say whether the loss rose significantly, or is no longer finite."""
+        delta, z = self.comparison.delta, self.comparison.z
+        return delta is None or (z is not None and normal_equivalent(z, len(self.positions)) >= z_threshold)
+
     @property
     def value_before(self) -> Value:
         """Perplexity, accuracy (0 to 1), mean log-likelihood or mean margin (nats) before the change."""
@@ -92,7 +103,8 @@ def judge(change: Comparison, items: int, total: int, z_threshold: float) -> Dec
     accepts, so that repeated looks cost almost no false acceptance. It is futile when the predictive probability of
     crossing the threshold at the end is below 10 %: that of the present trend, whose own uncertainty counts (D. J.
     Spiegelhalter, L. S. Freedman and P. R. Blackburn, Controlled Clinical Trials 7, 1986). Conditional power, which
-    takes the trend for certain, would miss twice as many true effects at the same cost.
+    takes the trend for certain, would miss twice as many true effects at the same cost. Every z is that of
+    :func:`normal_equivalent`.
 
     Args:
         change: Of the items measured so far.
@@ -105,8 +117,9 @@ def judge(change: Comparison, items: int, total: int, z_threshold: float) -> Dec
     """
     if change.delta is None:
         return "futile"
+    gain = -normal_equivalent(change.z or 0.0, items)
     if items >= total:
-        return "accept" if change.improved(z_threshold) else "futile"
+        return "accept" if change.z is not None and gain >= z_threshold else "futile"
     if items < LEAST_ITEMS:
         return "continue"
     if not change.standard_error:
@@ -114,12 +127,56 @@ def judge(change: Comparison, items: int, total: int, z_threshold: float) -> Dec
         # often does not change. An error cannot be estimated from them.
         return "continue"
     share = items / total
-    gain = -(change.z or 0.0)
     if gain >= z_threshold / math.sqrt(share):
         return "accept"
     expected, spread = gain / math.sqrt(share), math.sqrt((1 - share) / share)
     power = 1 - _NORMAL.cdf((z_threshold - expected) / spread)
     return "futile" if power < FUTILE_POWER else "continue"
+
+
+def normal_equivalent(t: float, items: int) -> float:
+    """Return the z that is as improbable for a normal variable as t is for the mean of few items over its error.
+
+    The mean of n normal differences over its estimated error has Student's distribution with n - 1 degrees of freedom,
+    of which |t| > 3 is 2.0 % at n = 8, not the 0.27 % of a normal variable.
+
+    Args:
+        t: Mean over standard error.
+        items: Number n of differences; a single one has no error and proves nothing.
+    """
+    if items < 2 or t == 0:
+        return 0.0
+    log_tail = _log_student_tail(abs(t), items - 1)
+    if log_tail > -700:
+        z = -_NORMAL.inv_cdf(math.exp(log_tail))
+    else:  # below what a float can hold: the tail is exp(-z²/2) / (z √2π), nearly
+        z = math.sqrt(-2 * log_tail)
+        for _ in range(4):
+            z = math.sqrt(-2 * (log_tail + math.log(z * math.sqrt(2 * math.pi))))
+    return math.copysign(z, t)
+
+
+def _log_student_tail(t: float, freedom: int) -> float:
+    """Return log P(T > t) of Student's distribution for t > 0: half the regularised incomplete beta function
+
+    I_x(a, b) at x = ν / (ν + t²), a = ν / 2, b = 1 / 2 (NIST Digital Library of Mathematical Functions, 8.17).
+    """
+    a, b, x, y = freedom / 2, 0.5, freedom / (freedom + t * t), t * t / (freedom + t * t)
+    log_y = 2 * math.log(t) - math.log(freedom + t * t)  # y itself may be too small for a float
+    log_power = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * log_y
+    if x < (a + 1) / (a + b + 2):
+        return log_power + math.log(_beta_fraction(a, b, x) / (2 * a))
+    return math.log1p(-math.exp(log_power) * _beta_fraction(b, a, y) / b) - math.log(2)
+
+
+def _beta_fraction(a: float, b: float, x: float) -> float:
+    """Return the continued fraction 1 / (1 + d₁ / (1 + d₂ / ...)) of I_x(a, b) (8.17.22), for x below (a+1)/(a+b+2)."""
+    value = 1.0
+    for m in range(50 + int(5 * math.sqrt(max(a, b))), 0, -1):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
+        value = 1 + odd / (1 + even / value)
+    return 1 / value
 
 
 def _finite(losses: Sequence[float | None]) -> list[float] | None:

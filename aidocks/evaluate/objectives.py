@@ -2,7 +2,8 @@
 
 *Calibration* is for what is learned (second moments, gradients), *search* for what is chosen, *held out* for whether
 the choice stands, *report* for the figures that are told. The search half of a text holds the first two, the other
-half the last two; a set's records are dealt by the hash of what they ask.
+half the last two. A text of many records is dealt by records, so that no record has tokens in two parts; of a text of
+few, the chunks of each half are dealt. A set's records are dealt by the hash of what they ask.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from aidocks.errors import InvalidSpec
 from aidocks.evaluate.questions import read_set, resolve_set
 from aidocks.evaluate.texts import (
-    Halves,
+    CHARACTERS_PER_TOKEN,
     Split,
     TextSource,
-    count_chunks,
+    count_whole,
+    divide_in_four,
     order_chunks,
-    read_text,
     resolve_text,
 )
 from aidocks.specs.objective import Metric, Objective
@@ -36,10 +37,10 @@ LEAST_ITEMS = 8
 _CHUNKS: dict[Part, int] = {"calibration": 96, "search": 128, "held_out": 128, "report": 128}
 #: Where the records of a set go: shares, in the order in which their hashes fall into them.
 _SHARES: dict[Part, float] = {"calibration": 0.2, "search": 0.3, "held_out": 0.25, "report": 0.25}
+#: What calibration has of a text's search half, and the held-out part of its other half.
+_SHARES_OF_HALVES = (0.4, 0.5)
 #: A gradient or a second moment gains nothing from more.
 _MOST_CALIBRATION = 256
-#: Of a tokenizer that only loading the model would reach: a token is at most so many characters long on average.
-_CHARACTERS_PER_TOKEN = 16
 
 
 class ObjectiveSource(BaseModel):
@@ -49,8 +50,10 @@ class ObjectiveSource(BaseModel):
         metric: What is measured.
         text: The text, or the set of questions or preferences.
         seq_length: Tokens of a chunk of a text; a set's records are as long as they are.
-        seed: Deals the data among the parts in another way.
+        seed: Deals chunks and records of a set among the parts in another way. To which part a record of a text
+            belongs is the same for all seeds.
         sizes: Items of each part: chunks of a text, records of a set. Empty before :func:`size_objective`.
+        characters: Of each piece of a text (see :func:`pieces_of`), at most so many are read; None for all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +63,7 @@ class ObjectiveSource(BaseModel):
     seq_length: int = Field(128, ge=2)
     seed: int = 0
     sizes: dict[Part, int] = Field(default_factory=dict)
+    characters: int | None = None
 
     @property
     def label(self) -> str:
@@ -111,6 +115,8 @@ def size_objective(
 ) -> ObjectiveSource:
     """Return the source with the sizes of its parts; a text's tokens are counted without torch.
 
+    Of a long text only so much of each piece is counted, and read later on, as surely holds enough.
+
     Args:
         source: As :func:`resolve_objective` returns it.
         model_dir: Checkpoint directory, whose tokenizer counts.
@@ -121,7 +127,16 @@ def size_objective(
         InvalidSpec: For data that are too few for four parts; of ``chunks``, where that asks for too many or too few.
     """
     if source.metric == "perplexity":
-        sizes = _size_text(source, model_dir, chunks)
+        _require_enough(chunks)
+        pieces = divide_in_four(source.text, _SHARES_OF_HALVES)
+        enough = max(2 * _CHUNKS["report"], (chunks or 0) + max(chunks or 0, _CHUNKS["calibration"]))
+        characters = 2 * enough * source.seq_length * CHARACTERS_PER_TOKEN // len(pieces)
+        source = source.model_copy(update={"characters": characters})
+        pieces = tuple(piece[:characters] for piece in pieces)
+        counts = count_whole(model_dir, pieces, source.seq_length)
+        if counts is None:  # a tokenizer that only loading the model would reach
+            counts = [len(piece) // (source.seq_length * CHARACTERS_PER_TOKEN) for piece in pieces]
+        sizes = _size_text(source, counts, chunks)
     else:
         dealt = deal([record.asked for record in read_set(source.text, field=field).records], source.seed)
         sizes = {part: len(dealt[part]) for part in PARTS}
@@ -140,31 +155,40 @@ def size_objective(
     return source.model_copy(update={"sizes": sizes})
 
 
-def _size_text(source: ObjectiveSource, model_dir: Path, chunks: int | None) -> dict[Part, int]:
-    _require_enough(chunks)
-    enough = max(2 * _CHUNKS["report"], (chunks or 0) + max(chunks or 0, _CHUNKS["calibration"]))
-    halves = count_chunks(model_dir, source.text, source.seq_length, at_most=enough)
-    if halves is None:
-        half = len(read_text(source.text)) // (2 * source.seq_length * _CHARACTERS_PER_TOKEN)
-        halves = Halves(half, half)
-    if chunks is None:
-        calibration = min(_CHUNKS["calibration"], int(0.4 * halves.search))
-        search = min(_CHUNKS["search"], halves.search - calibration)
-        told = min(_CHUNKS["report"], halves.held_out // 2)
+def _size_text(source: ObjectiveSource, counts: Sequence[int], chunks: int | None) -> dict[Part, int]:
+    """Return the sizes of the parts of a text whose pieces hold so many chunks: by records where these suffice."""
+    held = dict(zip(PARTS, counts, strict=True)) if len(counts) == len(PARTS) else dict.fromkeys(PARTS, 0)
+    searching, telling = _halves(counts)
+    wanted = _CHUNKS["search"] if chunks is None else chunks
+    told = min(wanted, _CHUNKS["report"])
+    if held["calibration"] >= LEAST_ITEMS and held["search"] >= (chunks or LEAST_ITEMS):
+        calibration = min(_CHUNKS["calibration"], held["calibration"])
+        search = min(wanted, held["search"])
+    elif chunks is None:
+        calibration = min(_CHUNKS["calibration"], int(_SHARES_OF_HALVES[0] * searching))
+        search = min(wanted, searching - calibration)
+    elif chunks <= searching - LEAST_ITEMS:
+        calibration, search = min(_CHUNKS["calibration"], searching - chunks), chunks
     else:
-        if chunks > halves.search - LEAST_ITEMS:
-            raise InvalidSpec(
-                f"Half of {source.text.name!r} holds {halves.search} whole chunks of {source.seq_length} tokens, "
-                f"but {chunks} are asked for beside {LEAST_ITEMS} for calibration.",
-                field="chunks",
-                value=chunks,
-                hint=f"Use at most {halves.search - LEAST_ITEMS} chunks, shorter ones (`seqlen`), or a longer text."
-                if halves.search >= 2 * LEAST_ITEMS
-                else "Use a longer text or shorter chunks (`seqlen`).",
-            )
-        calibration, search = min(_CHUNKS["calibration"], halves.search - chunks), chunks
-        told = min(chunks, _CHUNKS["report"], halves.held_out // 2)
+        raise InvalidSpec(
+            f"Half of {source.text.name!r} holds {searching} whole chunks of {source.seq_length} tokens, "
+            f"but {chunks} are asked for beside {LEAST_ITEMS} for calibration.",
+            field="chunks",
+            value=chunks,
+            hint=f"Use at most {searching - LEAST_ITEMS} chunks, shorter ones (`seqlen`), or a longer text."
+            if searching >= 2 * LEAST_ITEMS
+            else "Use a longer text or shorter chunks (`seqlen`).",
+        )
+    least = min(held["held_out"], held["report"])
+    told = min(told, least if least >= LEAST_ITEMS else telling // 2)
     return {"calibration": calibration, "search": search, "held_out": told, "report": told}
+
+
+def _halves(counts: Sequence[int]) -> tuple[int, int]:
+    """Return how many chunks both halves of a text have, from those of its pieces."""
+    if len(counts) == 1:
+        return counts[0] // 2, counts[0] // 2
+    return counts[0] + counts[1], counts[2] + counts[3]
 
 
 def _require_enough(chunks: int | None) -> None:
@@ -177,26 +201,39 @@ def _require_enough(chunks: int | None) -> None:
         )
 
 
-def chunks_of_part(
-    source: ObjectiveSource, part: Part, available: int, boundary: int | None = None
-) -> list[int]:
+def pieces_of(source: ObjectiveSource) -> list[str]:
+    """Return the pieces of a text that are tokenised one by one: one for each part, or one for all.
+
+    Raises:
+        InvalidSpec: As :func:`~aidocks.evaluate.texts.read_records`.
+    """
+    return [piece[: source.characters] for piece in divide_in_four(source.text, _SHARES_OF_HALVES)]
+
+
+def chunks_of_part(source: ObjectiveSource, part: Part, counts: Sequence[int]) -> list[int]:
     """Return the positions of a part's chunks in a tokenised text, in hashed order.
 
     Args:
         source: Of a text, with sizes.
         part: Which.
-        available: Whole chunks in the text.
-        boundary: As for :func:`aidocks.evaluate.texts.choose_chunks`.
+        counts: Whole chunks in each of the text's pieces, whose positions follow one another.
 
     Raises:
         InvalidSpec: When the text does not hold so many.
     """
-    half: tuple[Split, Part] = (
-        ("search", "search") if part in ("calibration", "search") else ("held_out", "held_out")
-    )
-    split, first = half
-    members = order_chunks(available, split, source.seed, boundary)
-    begin = 0 if part == first else source.sizes[first]
+    place = PARTS.index(part)
+    split: Split = "search" if place < 2 else "held_out"
+    boundary = counts[0] + counts[1] if len(counts) > 1 else None
+    members = order_chunks(sum(counts), split, source.seed, boundary)
+    half = slice(0, 2) if place < 2 else slice(2, 4)
+    if len(counts) > 1 and all(
+        source.sizes[one] <= held for one, held in zip(PARTS[half], counts[half], strict=True)
+    ):
+        # Both parts of this half have enough chunks of records of their own.
+        first = sum(counts[:place])
+        members = [position for position in members if first <= position < first + counts[place]]
+        return members[: source.sizes[part]]
+    begin = 0 if part == split else source.sizes[split]
     end = begin + source.sizes[part]
     if end > len(members):
         raise InvalidSpec(

@@ -6,17 +6,19 @@ measured on. Its form is told by the fields of its first record, and every other
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aidocks.errors import InvalidSpec
-from aidocks.evaluate.texts import TextSource, allowed_file
+from aidocks.evaluate.texts import TextSource, allowed_file, content_of, hash_of
 
 _SHIPPED = Path(__file__).parent / "texts"
 NAMED_SETS = {"capitals": _SHIPPED / "capitals.jsonl"}
+#: A set is read as a whole: some hundred thousand records.
+_MAX_BYTES = 64 << 20
 
 
 class Question(NamedTuple):
@@ -91,34 +93,48 @@ def resolve_set(reference: str, allowed_roots: Sequence[Path], *, field: str | N
             value=reference,
             hint=f"Known: {', '.join(sorted(NAMED_SETS))}; or give the path of a .jsonl file.",
         )
-    path = allowed_file(reference, allowed_roots, field, what="set", shipped="capitals", suffixes=(".jsonl",))
-    source = TextSource(name=path.name, path=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    path = allowed_file(
+        reference,
+        allowed_roots,
+        field,
+        what="set",
+        shipped="capitals",
+        suffixes=(".jsonl",),
+        most_bytes=_MAX_BYTES,
+    )
+    source = TextSource(name=path.name, path=path, sha256=hash_of(path))
     read_set(source, field=field)
     return source
 
 
-def read_set(source: TextSource, *, field: str | None = "objective") -> RecordSet:
+def read_set(source: TextSource, *, field: str | None = None) -> RecordSet:
     """Return the records of a set.
 
     Raises:
-        InvalidSpec: For a name that does not exist, a file that is empty or not UTF-8, or a line (which is named) of
-            another form than the first.
+        InvalidSpec: For a name that does not exist, a file that is empty, has changed or is not UTF-8, or a line (which
+            is named) of another form than the first, or without a difference between its answers.
     """
+    # Without a hash nothing tells whether a file is still what it was.
+    read = _read_set if source.sha256 or not source.path else _read_set.__wrapped__
+    try:
+        return read(source)
+    except InvalidSpec as error:
+        raise InvalidSpec(error.message, field=field, value=error.value, hint=error.hint) from error
+
+
+@lru_cache(maxsize=4)
+def _read_set(source: TextSource) -> RecordSet:
+    """Read a set as :func:`read_set` does, once where several ask for it one after another; errors name no field."""
     path = source.path or NAMED_SETS.get(source.name)
     if path is None:
         raise InvalidSpec(
             f"There is no set of questions called {source.name!r}.",
-            field=field,
             value=source.name,
             hint=f"Known: {', '.join(sorted(NAMED_SETS))}.",
         )
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidSpec(f"Cannot read {path.name}: {error}.", field=field, value=source.name) from error
     read: Callable[[Mapping[str, Any]], Record] | None = None
     records: list[Record] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content_of(path, source, None).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -131,12 +147,11 @@ def read_set(source: TextSource, *, field: str | None = "objective") -> RecordSe
             reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
             raise InvalidSpec(
                 f"Line {number} of {path.name} does not read as a record: {reason}.",
-                field=field,
                 value=source.name,
                 hint=_FORMS,
             ) from error
     if not records:
-        raise InvalidSpec(f"The set {source.name!r} is empty.", field=field, value=source.name, hint=_FORMS)
+        raise InvalidSpec(f"The set {source.name!r} is empty.", value=source.name, hint=_FORMS)
     return RecordSet(tuple(records))
 
 
@@ -176,15 +191,15 @@ def _choices(given: Mapping[str, Any]) -> Question:
             break
     else:
         prompt = _asked(given)
-    return Question(prompt, tuple(_said(answer, "choices") for answer in answers), gold)
+    return _question(prompt, [_said(answer, "choices") for answer in answers], gold)
 
 
 def _best_answer(given: Mapping[str, Any]) -> Question:
     wrong = given["incorrect"]
     if not isinstance(wrong, list) or not wrong:
         raise ValueError("`incorrect` is not a list of one or more")
-    answers = (_text(given, "best_answer"), *(_said(answer, "incorrect") for answer in wrong))
-    return Question(_asked(given), answers, 0)
+    answers = [_text(given, "best_answer"), *(_said(answer, "incorrect") for answer in wrong)]
+    return _question(_asked(given), answers, 0)
 
 
 def _continuation(given: Mapping[str, Any]) -> Question:
@@ -192,7 +207,14 @@ def _continuation(given: Mapping[str, Any]) -> Question:
 
 
 def _fact(given: Mapping[str, Any]) -> Question:
-    return Question(_text(given, "prompt"), (_text(given, "target_true"), _text(given, "target_new")), 0)
+    return _question(_text(given, "prompt"), [_text(given, "target_true"), _text(given, "target_new")], 0)
+
+
+def _question(prompt: str, answers: Sequence[str], gold: int) -> Question:
+    """Return a question whose right answer can win. Equal wrong answers occur in common sets and do no harm."""
+    if [answer.strip() for answer in answers].count(answers[gold].strip()) > 1:
+        raise ValueError(f"the right answer {answers[gold]!r} is there twice")
+    return Question(prompt, tuple(answers), gold)
 
 
 def _attribute(given: Mapping[str, Any]) -> Question:
@@ -209,7 +231,7 @@ def _preference(given: Mapping[str, Any]) -> Preference:
         prompt = chosen[:shared] or (Message("user", prompt),)
         chosen, rejected = chosen[shared:], rejected[shared:]
     if not chosen or not rejected:
-        raise ValueError("`chosen` and `rejected` do not differ")
+        raise ValueError("`chosen` or `rejected` says nothing that the other one does not begin with")
     return Preference(prompt, chosen, rejected)
 
 

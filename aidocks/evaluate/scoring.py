@@ -14,12 +14,14 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
 
 from aidocks.evaluate.objectives import LEAST_ITEMS, ObjectiveSource, Part
 from aidocks.evaluate.tokens import Encoded, encode_chunks, encode_records
+from aidocks.plan import WorkerCache
 from aidocks.specs.objective import Metric
 
 # Logits are the largest activation: this bounds them to 200 MB in fp32 for a vocabulary of 49 thousand.
@@ -151,8 +153,13 @@ class Task:
         return nats[item.gold]
 
 
+#: Tasks of a tokenizer, as long as there is that tokenizer: units of one model ask for the same few again and again.
+_TASKS: WeakKeyDictionary[Any, WorkerCache] = WeakKeyDictionary()
+_KEPT_TASKS = 8
+
+
 def load_task(source: ObjectiveSource, part: Part, tokenizer: Any, *, longest: int | None = None) -> Task:
-    """Tokenise a part of an objective's data.
+    """Tokenise a part of an objective's data, or return what was made of it before for this tokenizer.
 
     Args:
         source: With sizes.
@@ -164,9 +171,15 @@ def load_task(source: ObjectiveSource, part: Part, tokenizer: Any, *, longest: i
         InvalidSpec: For data that no longer hold what they held, chunks longer than the context, or a record that is
             nothing to the tokenizer.
     """
-    if source.metric == "perplexity":
-        return Task(source.metric, encode_chunks(source, part, tokenizer, longest), whole=True)
-    return Task(source.metric, encode_records(source, part, tokenizer, longest), whole=False)
+
+    def make() -> Task:
+        if source.metric == "perplexity":
+            return Task(source.metric, encode_chunks(source, part, tokenizer, longest), whole=True)
+        return Task(source.metric, encode_records(source, part, tokenizer, longest), whole=False)
+
+    known = _TASKS.setdefault(tokenizer, WorkerCache(_KEPT_TASKS))
+    task: Task = known.get(f"{part}:{longest}:{source.model_dump_json()}", make)
+    return task
 
 
 def context_length(network: Any) -> int | None:

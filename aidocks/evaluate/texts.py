@@ -7,6 +7,7 @@ many records is divided by records, so that no record has tokens on both sides; 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -22,11 +23,12 @@ Split = Literal["search", "held_out"]
 
 _SHIPPED = Path(__file__).parent / "texts"
 NAMED_TEXTS = {"prose": _SHIPPED / "prose.txt"}
+_SUFFIXES = (".txt", ".jsonl")
 _MAX_BYTES = 1 << 30
 #: Tokens are at most so many characters long on average in any text that is worth measuring on.
-_CHARACTERS_PER_TOKEN = 16
-#: Halves that records can be dealt to hold at least this share of the characters.
-_LEAST_SHARE = 0.35
+CHARACTERS_PER_TOKEN = 16
+#: A deal of records is fair where its shares of the characters are off by at most this.
+_TOLERANCE = 0.15
 _BETWEEN_RECORDS = "\n\n"
 
 
@@ -71,7 +73,7 @@ def resolve_text(reference: str, allowed_roots: Sequence[Path], *, field: str | 
     """Turn what a request says into a text that exists and is not empty.
 
     Args:
-        reference: A shipped text's name, or the path of a .txt or .jsonl file.
+        reference: A shipped text's name, or the path of a .txt or .jsonl file; a bare file name is a path too.
         allowed_roots: Directories below which a request may name a file.
         field: Spec field to blame.
 
@@ -81,7 +83,7 @@ def resolve_text(reference: str, allowed_roots: Sequence[Path], *, field: str | 
     """
     if reference in NAMED_TEXTS:
         return TextSource(name=reference)
-    if not reference.startswith(("/", "./", "../", "~")) and "/" not in reference:
+    if not reference.startswith("~") and "/" not in reference and not reference.endswith(_SUFFIXES):
         raise InvalidSpec(
             f"There is no text called {reference!r}.",
             field=field,
@@ -89,7 +91,7 @@ def resolve_text(reference: str, allowed_roots: Sequence[Path], *, field: str | 
             hint=f"Known: {', '.join(sorted(NAMED_TEXTS))}; or give the path of a .txt or .jsonl file.",
         )
     path = allowed_file(reference, allowed_roots, field)
-    source = TextSource(name=path.name, path=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    source = TextSource(name=path.name, path=path, sha256=hash_of(path))
     if not read_text(source, field=field).strip():
         raise InvalidSpec(f"The text {reference!r} is empty.", field=field, value=reference)
     return source
@@ -102,7 +104,8 @@ def allowed_file(
     *,
     what: str = "text",
     shipped: str = "prose",
-    suffixes: Sequence[str] = (".txt", ".jsonl"),
+    suffixes: Sequence[str] = _SUFFIXES,
+    most_bytes: int = _MAX_BYTES,
 ) -> Path:
     """Return the path of a file that a request names.
 
@@ -113,9 +116,10 @@ def allowed_file(
         what: What the file is, for people.
         shipped: Name of one that is shipped, to be used instead.
         suffixes: Of such files.
+        most_bytes: Size of such files at most.
 
     Raises:
-        InvalidSpec: For another suffix, a missing file, or one of more than 1 GiB.
+        InvalidSpec: For another suffix, a missing file, or one that is too large.
         PathNotAllowed: For a file outside the allowed roots, also by way of ``..`` or a symbolic link.
     """
     hint = f"Move it below a directory of AIDOCKS_ALLOWED_ROOTS, or use the {what} '{shipped}'."
@@ -126,14 +130,41 @@ def allowed_file(
         )
     if not path.is_file():
         raise InvalidSpec(f"The file {reference!r} does not exist.", field=field, value=reference)
-    if path.stat().st_size > _MAX_BYTES:
+    if path.stat().st_size > most_bytes:
         raise InvalidSpec(
-            f"The file {reference!r} is larger than {_MAX_BYTES >> 20} MiB.",
+            f"The file {reference!r} is larger than {most_bytes >> 20} MiB.",
             field=field,
             value=reference,
             hint="Some hundred kilobytes are enough to measure on.",
         )
     return path
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_of(path: Path, source: TextSource, field: str | None) -> str:
+    """Return what the file of a text or set holds, with every line's end as a line feed.
+
+    Raises:
+        InvalidSpec: For a file that cannot be read, is not UTF-8, or is not what it was when it got its hash.
+    """
+    try:
+        content = path.read_bytes()
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSpec(f"Cannot read {path.name}: {error}.", field=field, value=source.name) from error
+    if source.sha256 is not None and hashlib.sha256(content).hexdigest() != source.sha256:
+        raise InvalidSpec(
+            f"The file {path.name} has changed since the job was submitted.",
+            field=field,
+            value=source.name,
+            hint="Submit the job again, and leave its files as they are until it ends.",
+        )
+    return text
 
 
 def _no_such_file(suffixes: Sequence[str]) -> str:
@@ -151,7 +182,7 @@ def read_records(source: TextSource, *, field: str | None = "text") -> list[str]
     """Return the records of a text in order: the lines of a .jsonl file, a whole .txt file as one, and its own.
 
     Raises:
-        InvalidSpec: For a name that does not exist, a file that is not UTF-8, or a line without a text.
+        InvalidSpec: For a name that does not exist, a line without a text, and as :func:`content_of`.
     """
     path = source.path or (None if source.records else NAMED_TEXTS.get(source.name))
     if path is None and not source.records:
@@ -161,14 +192,11 @@ def read_records(source: TextSource, *, field: str | None = "text") -> list[str]
             value=source.name,
             hint=f"Known: {', '.join(sorted(NAMED_TEXTS))}.",
         )
-    return [*(_read_file(path, source.name, field) if path else ()), *source.records]
+    return [*(_read_file(path, source, field) if path else ()), *source.records]
 
 
-def _read_file(path: Path, name: str, field: str | None) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidSpec(f"Cannot read {path.name}: {error}.", field=field, value=name) from error
+def _read_file(path: Path, source: TextSource, field: str | None) -> list[str]:
+    content = content_of(path, source, field)
     if path.suffix != ".jsonl":
         return [content]
     return [
@@ -188,20 +216,44 @@ def divide(source: TextSource) -> tuple[str, ...]:
     Raises:
         InvalidSpec: As :func:`read_records`.
     """
-    records = read_records(source)
-    sizes = {record: count * len(record) for record, count in Counter(records).items()}
-    half = sum(sizes.values()) / 2
-    filled, search = 0.0, set()
-    for record in sorted(sizes, key=lambda text: hashlib.sha256(text.encode("utf-8", "replace")).digest()):
-        if filled + sizes[record] / 2 <= half:
-            search.add(record)
-            filled += sizes[record]
-    if not half or not _LEAST_SHARE <= filled / (2 * half) <= 1 - _LEAST_SHARE:
+    records = read_records(source, field=None)
+    return tuple(map(_BETWEEN_RECORDS.join, _deal(records, 0.5) or (records,)))
+
+
+def divide_in_four(source: TextSource, shares: tuple[float, float]) -> tuple[str, ...]:
+    """Return a text in four parts that share no record: the halves of :func:`divide`, each divided in the same way.
+
+    Args:
+        source: The text.
+        shares: What the first part has of each half's characters.
+
+    Returns:
+        The four parts, of which the first of a half is empty where the half's records are too few to divide it; or the
+        whole text alone, where :func:`divide` does not divide it.
+
+    Raises:
+        InvalidSpec: As :func:`read_records`.
+    """
+    records = read_records(source, field=None)
+    halves = _deal(records, 0.5)
+    if halves is None:
         return (_BETWEEN_RECORDS.join(records),)
-    return (
-        _BETWEEN_RECORDS.join(record for record in records if record in search),
-        _BETWEEN_RECORDS.join(record for record in records if record not in search),
-    )
+    parts = (_deal(half, share) or ([], half) for half, share in zip(halves, shares, strict=True))
+    return tuple(_BETWEEN_RECORDS.join(part) for pair in parts for part in pair)
+
+
+def _deal(records: Sequence[str], share: float) -> tuple[list[str], list[str]] | None:
+    """Deal records by their hash so that the first part has about this share of the characters; None if none can."""
+    sizes = {record: count * len(record) for record, count in Counter(records).items()}
+    total = sum(sizes.values())
+    filled, chosen = 0.0, set()
+    for record in sorted(sizes, key=lambda text: hashlib.sha256(text.encode("utf-8", "replace")).digest()):
+        if filled + sizes[record] / 2 <= share * total:
+            chosen.add(record)
+            filled += sizes[record]
+    if not total or not share - _TOLERANCE <= filled / total <= share + _TOLERANCE:
+        return None
+    return [r for r in records if r in chosen], [r for r in records if r not in chosen]
 
 
 def _record_text(line: str, number: int, name: str, field: str | None) -> str:
@@ -272,6 +324,13 @@ def count_chunks(model: Path, text: TextSource, length: int, *, at_most: int | N
 
 
 def _count_parts(model: Path, text: TextSource, length: int, at_most: int | None) -> list[int] | None:
+    parts = divide(text)
+    enough = None if at_most is None else 2 * at_most * length * CHARACTERS_PER_TOKEN // len(parts)
+    return count_whole(model, [part[:enough] for part in parts], length)
+
+
+def count_whole(model: Path, parts: Sequence[str], length: int) -> list[int] | None:
+    """Count the whole chunks in each of several texts. Arguments and None as for :func:`count_chunks`."""
     file = model / "tokenizer.json"
     if not file.is_file():
         return None
@@ -281,9 +340,7 @@ def _count_parts(model: Path, text: TextSource, length: int, at_most: int | None
     # Some tools leave the settings of their last batch in the file.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    parts = divide(text)
-    enough = None if at_most is None else 2 * at_most * length * _CHARACTERS_PER_TOKEN // len(parts)
-    return [len(tokenizer.encode(part[:enough], add_special_tokens=False).ids) // length for part in parts]
+    return [len(tokenizer.encode(part, add_special_tokens=False).ids) // length for part in parts]
 
 
 def choose_chunks(

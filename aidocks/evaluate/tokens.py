@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from aidocks.errors import InvalidSpec
-from aidocks.evaluate.objectives import ObjectiveSource, Part, chunks_of_part, deal
+from aidocks.evaluate.objectives import ObjectiveSource, Part, chunks_of_part, deal, pieces_of
 from aidocks.evaluate.questions import Message, Preference, Question, Record, Said, read_set
-from aidocks.evaluate.texts import divide, require_context
+from aidocks.evaluate.texts import require_context
 from aidocks.specs.objective import Metric
 
 #: Tokens of a record at most, whatever the model's context is: attention and logits grow with them.
@@ -49,19 +49,19 @@ def encode_chunks(
     """Return the chunks of a part of a text in hashed order, tokenised without special tokens.
 
     Raises:
-        InvalidSpec: When the text does not hold so many, or a chunk is longer than ``longest``.
+        InvalidSpec: When the text has changed or does not hold so many, or a chunk is longer than ``longest``.
     """
     length = source.seq_length
     if longest is not None:
         require_context(str(getattr(tokenizer, "name_or_path", "the model")), longest, length)
-    ids = [
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in divide(source.text)
+    pieces = [
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in pieces_of(source)
     ]
-    chunks = [tuple(i[k * length : (k + 1) * length]) for i in ids for k in range(len(i) // length)]
-    boundary = len(ids[0]) // length if len(ids) > 1 else None
+    chunks = [ids[k * length : (k + 1) * length] for ids in pieces for k in range(len(ids) // length)]
+    chosen = chunks_of_part(source, part, [len(ids) // length for ids in pieces])
     return [
-        Encoded(position, (chunks[position],), (EncodedSpan(0, 0, chunks[position][1:]),))
-        for position in chunks_of_part(source, part, len(chunks), boundary)
+        Encoded(position, (tuple(chunks[position]),), (EncodedSpan(0, 0, tuple(chunks[position][1:])),))
+        for position in chosen
     ]
 
 
@@ -79,7 +79,6 @@ def encode_records(
         raise InvalidSpec(
             f"{source.text.name!r} has changed: its part {part!r} holds {len(chosen)} records, not the "
             f"{source.sizes[part]} that were counted.",
-            field="objective",
             value=source.text.name,
         )
     limit = min(_LONGEST_RECORD, longest or _LONGEST_RECORD)
@@ -112,7 +111,6 @@ def encode(position: int, record: Record, metric: Metric, tokenizer: Any, limit:
         if len(ids) < 2:
             raise InvalidSpec(
                 f"Record {position + 1} is fewer than two tokens to the model's tokenizer.",
-                field="objective",
                 value=record.asked[:80],
             )
         cut = max(0, len(ids) - 1 - limit)
@@ -204,7 +202,6 @@ def _rendered(messages: Sequence[Message], tokenizer: Any, *, ask: bool) -> str:
     except TemplateError as error:
         raise InvalidSpec(
             f"The model's chat template refuses a conversation: {error}",
-            field="objective",
             value=messages[0].content[:80],
         ) from error
     return text

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from aidocks.checkpoints.files import UNFINISHED
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import IncompatibleModels
 from aidocks.evaluate.objectives import ObjectiveSource, resolve_objective, size_objective
 from aidocks.evaluate.texts import require_context
+from aidocks.laser.calibration import moments_bytes
 from aidocks.laser.factors import dense_config
 from aidocks.laser.matrices import Matrix, find_matrices, select_matrices
 from aidocks.specs.laser import LaserSpec
@@ -17,6 +19,9 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _FLOAT32_BYTES = 4
 _DEFAULT_GUARD_LENGTH = 128
+#: Shares of the calibration data, each with its own sums of second moments; fixed, so that the sums do not depend on
+#: the number of workers.
+COVARIANCE_SHARDS = 2
 
 
 def resolve_objectives(spec: LaserSpec, allowed_roots: Sequence[Path]) -> tuple[ObjectiveSource, ...]:
@@ -37,7 +42,9 @@ def resolve_objectives(spec: LaserSpec, allowed_roots: Sequence[Path]) -> tuple[
     # The shipped text is short: in chunks of the objective's length there might be too few of them.
     length = min(spec.seqlen, _DEFAULT_GUARD_LENGTH) if spec.guards is None else spec.seqlen
     guards = [
-        resolve_objective(guard, allowed_roots, seq_length=length, seed=spec.seed, field=f"guards[{number}]")
+        resolve_objective(
+            guard, allowed_roots, seq_length=length, seed=spec.seed, field=_guard_field(spec, number)
+        )
         for number, guard in enumerate(spec.guarding)
     ]
     return (decisive, *guards)
@@ -54,7 +61,7 @@ def size_objectives(
     decisive, *guards = objectives
     sized = [size_objective(decisive, model, chunks=spec.chunks, field=_field(spec))]
     for number, guard in enumerate(guards):
-        known = size_objective(guard, model, field=f"guards[{number}]")
+        known = size_objective(guard, model, field=_guard_field(spec, number))
         if spec.chunks is not None and guard.metric == "perplexity":
             known = known.model_copy(
                 update={"sizes": {part: min(size, spec.chunks) for part, size in known.sizes.items()}}
@@ -67,6 +74,10 @@ def _field(spec: LaserSpec) -> str:
     return "objective" if spec.objective else "text"
 
 
+def _guard_field(spec: LaserSpec, number: int) -> str:
+    return "text" if spec.guards is None else f"guards[{number}]"
+
+
 def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
     """Return the matrices that the request covers.
 
@@ -76,15 +87,16 @@ def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
         InvalidSpec: For layers or kinds that it does not have, or chunks longer than its context.
     """
     field, name = "base_model_name", spec.base_model_name
-    architectures = checkpoint.config.get("architectures") or ["none"]
+    config = dense_config(checkpoint.config)
+    architectures = config.get("architectures") or ["none"]
     if not any(str(architecture).endswith(_CAUSAL) for architecture in architectures):
         raise IncompatibleModels(
-            f"The model {name!r} is not a causal language model, but: {', '.join(architectures)}.",
+            f"The model {name!r} is not a causal language model, but: {', '.join(map(str, architectures))}.",
             field=field,
             value=name,
             hint="Losses of text decide here: give a model whose architecture ends with ForCausalLM.",
         )
-    if checkpoint.config.get("quantization_config"):
+    if config.get("quantization_config"):
         raise IncompatibleModels(
             f"The model {name!r} is quantised.",
             field=field,
@@ -92,8 +104,13 @@ def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
             hint="Give the model it was made from.",
         )
     if not any((checkpoint.path / file).is_file() for file in _TOKENIZER_FILES):
-        raise IncompatibleModels(f"The model {name!r} has no tokenizer files.", field=field, value=name)
-    config = dense_config(checkpoint.config)
+        raise IncompatibleModels(
+            f"The model {name!r} has no tokenizer files.",
+            field=field,
+            value=name,
+            hint=f"Put those of the model that it was made from into its directory: {', '.join(_TOKENIZER_FILES)}, "
+            "whichever it has.",
+        )
     lengths = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
     context = next((length for length in lengths if length is not None), None)
     if isinstance(context, int):
@@ -103,10 +120,14 @@ def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
 
 def workspace_bytes(matrices: Sequence[Matrix], spec: LaserSpec) -> int:
     """Return what the search writes on its way, at most: directions of outputs, second moments of inputs."""
-    truncations = {truncation for rule in spec.rule for truncation in spec.truncations_of(rule)}
+    truncations = {truncation for rule in spec.rules for truncation in spec.truncations_of(rule)}
     bases = sum(matrix.shape[0] * matrix.full_rank for matrix in matrices) * len(truncations)
-    moments = 0
-    if "activation_aware" in truncations:
-        # Query, key and value share their inputs, and so do gate and up: half of the linear layers at most have others.
-        moments = sum(matrix.shape[1] ** 2 for matrix in matrices)
-    return (bases + moments) * _FLOAT32_BYTES
+    moments = COVARIANCE_SHARDS * moments_bytes(matrices) if "activation_aware" in truncations else 0
+    return bases * _FLOAT32_BYTES + moments
+
+
+def bytes_kept(workspace: Path) -> int:
+    """Return what earlier attempts of a job have finished, and remove what they left unfinished."""
+    for leftover in [path for path in workspace.rglob(f"*{UNFINISHED}*") if path.is_file()]:
+        leftover.unlink(missing_ok=True)
+    return sum(path.stat().st_size for path in workspace.rglob("*") if path.is_file())

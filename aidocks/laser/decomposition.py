@@ -42,6 +42,7 @@ class DecomposeMatrix(Unit[Decomposition]):
     """One basis of one matrix. Reads one tensor and, for `activation_aware`, the second moments of its input."""
 
     result_type: ClassVar[type[BaseModel]] = Decomposition
+    version: ClassVar[int] = 2
 
     checkpoint: Path = Field(description="Checkpoint directory.")
     matrix: Matrix
@@ -62,6 +63,7 @@ class DecomposeMatrix(Unit[Decomposition]):
         import torch
 
         from aidocks.laser.scan import open_checkpoint
+        from aidocks.laser.spectrum import one_thread
         from aidocks.laser.truncation import activation_basis, save_basis, weight_basis
 
         w_OI = stored_matrix(open_checkpoint(self.checkpoint, context), self.matrix).to(context.device)
@@ -71,10 +73,9 @@ class DecomposeMatrix(Unit[Decomposition]):
                 value=self.matrix.address,
             )
         covariance_II = self._covariance()
-        if covariance_II is None:
-            truncation, basis = "weight", weight_basis(w_OI)
-        else:
-            truncation, basis = "activation_aware", activation_basis(w_OI, covariance_II)
+        truncation: Truncation = "weight" if covariance_II is None else "activation_aware"
+        with one_thread(context.device):
+            basis = weight_basis(w_OI) if covariance_II is None else activation_basis(w_OI, covariance_II)
         squares_N = basis.values_N.square()
         kept = [float(squares_N[:rank].sum()) for rank in self.ranks]
         total = float(squares_N.sum())
@@ -95,7 +96,8 @@ class DecomposeMatrix(Unit[Decomposition]):
         if self.truncation == "weight":
             return None
         covariance_II = load_covariance(self.covariances, self.matrix.address)
-        if covariance_II is None or not bool(torch.isfinite(covariance_II).all()):
+        # The sum of x_i x_j is never larger than those of the squares, so where these are finite, all is.
+        if covariance_II is None or not bool(torch.isfinite(covariance_II.diagonal()).all()):
             return None
         return covariance_II
 

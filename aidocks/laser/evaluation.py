@@ -78,6 +78,7 @@ class MeasureChange(Unit[Change]):
 
         bench = workbench(self.checkpoint, self.dtype, context)
         bench.set_base(self.base)
+        bench.expect(self.objectives, self.part)
         objective, *guards = self.objectives
         total = objective.sizes[self.part]
         pairs = [

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from aidocks.laser.ledger import LedgerLine, loss_unit, part_title, written_z
+from aidocks.picture import png
 from aidocks.specs.laser_result import PartScore
 from aidocks.specs.objective import Metric
 
@@ -59,7 +58,7 @@ def draw_candidates(lines: Sequence[LedgerLine], z_threshold: float, metric: Met
     title = "Each candidate alone (green: accepted; amber: helped alone)"
     rest = f"\n{left_out} that did worse are not drawn" if left_out else ""
     axes.set_title(title + rest, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_predictions(lines: Sequence[LedgerLine], metric: Metric) -> bytes | None:
@@ -98,7 +97,7 @@ def draw_predictions(lines: Sequence[LedgerLine], metric: Metric) -> bytes | Non
     axes.set_xlabel(f"predicted: first order and Fisher, {loss_unit(metric)}", fontsize=8)
     axes.set_ylabel(f"measured, {loss_unit(metric)}", fontsize=8)
     axes.set_title("Predicted and measured change of the loss (bars: one standard error)", fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_before_after(scores: Sequence[PartScore]) -> bytes | None:
@@ -121,7 +120,7 @@ def draw_before_after(scores: Sequence[PartScore]) -> bytes | None:
     figure.suptitle(
         "Before (grey) and after (blue), with standard errors; z is of the paired change", fontsize=9
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_panel(axes: Any, label: str, parts: Sequence[PartScore]) -> None:
@@ -168,10 +167,3 @@ def _scale(values: Sequence[float]) -> float:
     """Return the median size of values that are not zero: below it an axis is linear, above it logarithmic."""
     sizes = sorted(abs(value) for value in values if value)
     return float(sizes[len(sizes) // 2]) if sizes else 1.0
-
-
-def _png(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
-    image = BytesIO()
-    figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
-    return image.getvalue()

@@ -9,13 +9,17 @@ stays.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from aidocks.laser.matrices import Matrix, parse_address
 from aidocks.specs.laser_scan import LayerList, ScannedMatrix, Score
 
 SCORES: tuple[Score, ...] = ("noise_ratio", "original")
+#: Matrices in one picture, at most: of more, that many evenly spaced ones are shown.
+_MOST_PICTURED = 128
 
 
 def score_of(matrix: ScannedMatrix, score: Score) -> float:
@@ -38,7 +42,7 @@ def module_kind(address: str) -> str:
 
 
 def _module(address: str) -> str:
-    return address.partition("[")[0].removesuffix(".weight")
+    return parse_address(address)[0].removesuffix(".weight")
 
 
 def group_by_kind(matrices: Iterable[ScannedMatrix]) -> dict[str, list[ScannedMatrix]]:
@@ -48,6 +52,25 @@ def group_by_kind(matrices: Iterable[ScannedMatrix]) -> dict[str, list[ScannedMa
         if matrix.layer is not None:
             groups.setdefault(module_kind(matrix.address), []).append(matrix)
     return dict(sorted(groups.items()))
+
+
+def pictures_by_kind(matrices: Iterable[Matrix]) -> dict[str, tuple[Matrix, ...]]:
+    """Return what each picture of small multiples shows: file name -> matrices of one kind, by layer.
+
+    A kind is that of the lists (:func:`module_kind`); what belongs to no layer is one kind. Of more matrices
+    than a picture has room for there are as many as it has, evenly spaced.
+    """
+    found: dict[str, list[Matrix]] = {}
+    for matrix in sorted(matrices, key=lambda matrix: matrix.order):
+        kind = "no-layer" if matrix.layer is None else module_kind(matrix.address).replace("*", "N")
+        found.setdefault(re.sub(r"[^\w.-]", "_", kind), []).append(matrix)
+    return {f"spectra-{kind}.png": tuple(_spaced(members)) for kind, members in sorted(found.items())}
+
+
+def _spaced(members: Sequence[Matrix]) -> Sequence[Matrix]:
+    if len(members) <= _MOST_PICTURED:
+        return members
+    return [members[round(i * (len(members) - 1) / (_MOST_PICTURED - 1))] for i in range(_MOST_PICTURED)]
 
 
 def list_layers(
@@ -95,11 +118,8 @@ def unfrozen_yaml(layers: LayerList) -> str:
 
 def pattern(address: str) -> str:
     """Return axolotl's pattern of exactly one matrix."""
-    name, bracket, expert = address.partition("[")
-    if not bracket:
-        return f"^{name}$"
-    number = int(expert.removesuffix("]"))
-    return f"^{name}$[{number}:{number + 1}]"
+    name, expert = parse_address(address)
+    return f"^{name}$" if expert is None else f"^{name}$[{expert}:{expert + 1}]"
 
 
 def spectrum_table(matrices: Iterable[ScannedMatrix]) -> Mapping[str, Any]:

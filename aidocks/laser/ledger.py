@@ -28,14 +28,18 @@ class LedgerLine(BaseModel):
     Attributes:
         address: Full parameter name; with the expert's number in brackets where a tensor holds several.
         rule: What proposed the rank; several rules that agree are separated by commas.
-        energy: Share of the squared Frobenius norm in the components kept.
+        energy: Share that the components kept have, before any shrinking: by `weight` of the squared Frobenius norm;
+            by `activation_aware` of the energy of the layer's output on the calibration data.
         snr: Corrected signal-to-noise ratio of the matrix; 0 for noise of any shape.
         predicted_change: First order, from gradients on the calibration part.
         predicted_standard_error: Of the first order, over samples.
         predicted_with_fisher: First and second order.
         items: Items that it was measured on alone; 0 when it was not.
-        composed_delta: Change on top of the reductions accepted before it; so are the two after it.
-        guards: z of every guard, by its label; positive is worse.
+        composed_delta: Change on top of the reductions accepted before it; so are the two after it. Of one that was
+            accepted in a group, the change that the whole group makes.
+        guards: z of every guard that was decided on, by its label: against the base, together with the reductions
+            accepted before it; positive is worse.
+        group: Number of the group with which it was accepted.
         decision: In words.
         accepted: Whether the result holds it.
     """
@@ -63,6 +67,7 @@ class LedgerLine(BaseModel):
     composed_standard_error: float | None = None
     composed_z: float | None = None
     guards: dict[str, float | None] = Field(default_factory=dict)
+    group: int | None = None
     decision: str
     accepted: bool = False
 

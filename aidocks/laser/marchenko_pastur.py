@@ -119,12 +119,14 @@ class BulkFit:
 
     Attributes:
         sigma: Standard deviation of the noise entries.
-        outliers: Singular values above the fitted edge.
+        edge: The largest singular value that this noise reaches.
+        outliers: Singular values that the fit has left out, for being above it.
         distance: Kolmogorov-Smirnov distance of the other values from the law: 0 to 1, and of the order of
             1/N (not 1/sqrt(N): eigenvalues repel each other) where the bulk is noise.
     """
 
     sigma: float
+    edge: float
     outliers: int
     distance: float
 
@@ -146,7 +148,7 @@ def fit_bulk(values_N: Values, shape: tuple[int, int]) -> BulkFit:
         if above <= outliers or above > _MOST_SIGNAL * small:
             break
         outliers = above
-    return BulkFit(sigma, outliers, _distance(descending[outliers:], sigma, left))
+    return BulkFit(sigma, edge(sigma, left), outliers, _distance(descending[outliers:], sigma, left))
 
 
 def _distance(descending_K: Values, sigma: float, shape: tuple[int, int]) -> float:

@@ -23,6 +23,8 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _WEIGHT = re.compile(r"weight|.+_weight|weight_[ih]h_l\d+\w*")
 #: In the path of a tensor [E, ., .]: the matrices of E experts, one after another.
 _FUSED = re.compile(r"experts|moe")
+#: See :attr:`Matrix.address`.
+_SLICE = re.compile(r"(?P<name>.+)\[(?P<expert>\d+)\]")
 
 
 class Matrix(BaseModel):
@@ -49,7 +51,10 @@ class Matrix(BaseModel):
 
     @property
     def address(self) -> str:
-        """The name, with the number of the expert in brackets where the tensor holds several."""
+        """The name, with the number of the expert in brackets where the tensor holds several.
+
+        :func:`parse_address` reads it.
+        """
         return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
     @property
@@ -67,6 +72,12 @@ class Matrix(BaseModel):
         """Sorts by layer (what has none last), then by name, then by expert."""
         layer = float("inf") if self.layer is None else float(self.layer)
         return layer, self.name, -1 if self.expert is None else self.expert
+
+
+def parse_address(address: str) -> tuple[str, int | None]:
+    """Return the name of the tensor and the number of the expert (None: all of the tensor) of an address."""
+    match = _SLICE.fullmatch(address)
+    return (match["name"], int(match["expert"])) if match else (address, None)
 
 
 def find_matrices(entries: Mapping[str, TensorEntry], *, all_weights: bool = False) -> tuple[Matrix, ...]:
@@ -170,8 +181,13 @@ def select_matrices(
         and (wanted_kinds is None or matrix.kind in wanted_kinds)
     )
     if not chosen:
+        assert layers is not None, "every kind asked for is there in some layer"
+        there = sorted({matrix.kind for matrix in matrices if matrix.layer in layers})
         raise InvalidSpec(
-            f"The layers asked for have no matrices of the kinds asked for in {model!r}.", field="kinds"
+            f"The layers asked for have no matrices of the kinds asked for in {model!r}.",
+            field="kinds",
+            value=", ".join(kinds or ()),
+            hint=f"Kinds in layers {_ranges(sorted(set(layers)))}: {', '.join(there)}.",
         )
     return chosen
 

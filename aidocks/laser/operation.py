@@ -16,7 +16,13 @@ from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import parse_size
 from aidocks.evaluate.measurements import Pairs
 from aidocks.evaluate.objectives import ObjectiveSource, Part
-from aidocks.laser.checks import check_base, resolve_objectives, size_objectives, workspace_bytes
+from aidocks.laser.checks import (
+    bytes_kept,
+    check_base,
+    resolve_objectives,
+    size_objectives,
+    workspace_bytes,
+)
 from aidocks.laser.ledger import LedgerLine
 from aidocks.laser.matrices import Matrix
 from aidocks.laser.report import WriteReport, choose_pictured, scores_of, sections
@@ -68,7 +74,8 @@ class Laser(Operation[LaserSpec, LaserResult]):
     def _make(self, spec: LaserSpec, context: PlanContext) -> Plan[LaserResult]:
         checkpoint = yield from _open_base(spec, context)
         objectives = resolve_objectives(spec, context.resolver.allowed_roots)
-        matrices, objectives = _check(checkpoint, objectives, spec, context)
+        kept = bytes_kept(context.workspace)
+        matrices, objectives = _check(checkpoint, objectives, spec, context, kept)
         search = Search(
             spec,
             checkpoint,
@@ -83,13 +90,21 @@ class Laser(Operation[LaserSpec, LaserResult]):
 
 
 def _check(
-    checkpoint: Checkpoint, objectives: Sequence[ObjectiveSource], spec: LaserSpec, context: PlanContext
+    checkpoint: Checkpoint,
+    objectives: Sequence[ObjectiveSource],
+    spec: LaserSpec,
+    context: PlanContext,
+    kept: int = 0,
 ) -> tuple[tuple[Matrix, ...], tuple[ObjectiveSource, ...]]:
-    """Return the matrices of the request and its objectives with the sizes of their parts."""
+    """Return the matrices of the request and its objectives with the sizes of their parts.
+
+    Args:
+        kept: Bytes of what the job has to write that are written already.
+    """
     matrices = check_base(checkpoint, spec)
     sized = size_objectives(spec, objectives, checkpoint.path)
-    on_the_way = workspace_bytes(matrices, spec)
-    require_space(context.workspace, checkpoint.total_bytes + on_the_way + _BESIDE_WEIGHTS_BYTES)
+    needed = checkpoint.total_bytes + workspace_bytes(matrices, spec) + _BESIDE_WEIGHTS_BYTES
+    require_space(context.workspace, needed - kept)
     return matrices, sized
 
 
@@ -181,9 +196,10 @@ class _Publication:
     def _result(self) -> LaserResult:
         findings = self._findings
         before = sum(entry.numel for entry in self._checkpoint.entries.values())
+        # On the search data guards are not measured where the objective's figures ended without a decision.
         parts: dict[Part, list[PartScore]] = {
             part: [
-                _score(source, part, pairs) for source, pairs in zip(self._objectives, scores, strict=True)
+                _score(source, part, pairs) for source, pairs in zip(self._objectives, scores, strict=False)
             ]
             for part, scores in findings.scores.items()
         }
@@ -245,6 +261,7 @@ def _accepted(candidate: Candidate) -> AcceptedReduction:
         shrink=proposal.shrink,
         rule=", ".join(proposal.rules),
         energy=proposal.energy,
+        group=candidate.group,
         delta=effect.delta,
         standard_error=effect.standard_error,
         z=effect.z,
@@ -276,6 +293,7 @@ def _line(candidate: Candidate, guards: Sequence[str]) -> LedgerLine:
         composed_standard_error=composed.standard_error if composed else None,
         composed_z=composed.z if composed else None,
         guards={label: pairs.comparison.z for label, pairs in zip(guards, candidate.guards, strict=False)},
+        group=candidate.group,
         decision=candidate.verdict,
-        accepted=candidate.verdict.startswith("accepted"),
+        accepted=candidate.is_accepted,
     )

@@ -141,6 +141,8 @@ def _evidence(result: LaserResult, lines: Sequence[LedgerLine]) -> Section:
         f"byte. {effort}",
         f"Change: of the mean loss when it was accepted, in {unit}, ± its paired standard error; negative is better.",
     ]
+    if any(accepted.group is not None for accepted in result.accepted):
+        text.append("Those marked (group) were accepted together; their change is that of the whole group.")
     if result.taken_back:
         text.append(_taken_back(result))
     left_out = len(result.accepted) - _MOST_ROWS
@@ -160,7 +162,7 @@ def _accepted_row(accepted: AcceptedReduction) -> tuple[str, ...]:
         short_truncation(accepted.truncation) + (", shrunk" if accepted.shrink else ""),
         accepted.rule,
         "" if accepted.energy is None else f"{accepted.energy:.1%}",
-        with_error(accepted.delta, accepted.standard_error),
+        with_error(accepted.delta, accepted.standard_error) + ("" if accepted.group is None else " (group)"),
         written_z(accepted.z),
     )
 

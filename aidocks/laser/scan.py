@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: Singular values that a scan's result carries, at most.
 SAMPLED_VALUES = 64
 #: Raise it when the same matrix gets other singular values, so that those kept before are not used any more.
-_METHOD = "gram-fp64/1"
+_METHOD = "gram-fp64/2"
 
 
 class RuleDecision(BaseModel):
@@ -53,6 +53,8 @@ class MatrixSpectrum(BaseModel):
             extremes.
         frobenius: Frobenius norm.
         sigma: Standard deviation of the noise entries by the fitted bulk of the spectrum, outliers left out.
+        outliers: How many these are.
+        edge: The largest singular value of that noise; the outliers are those above it.
         bulk_distance: Kolmogorov-Smirnov distance of that bulk from the Marchenko-Pastur law, 0 to 1.
     """
 
@@ -63,6 +65,8 @@ class MatrixSpectrum(BaseModel):
     singular_values: tuple[float, ...]
     frobenius: float
     sigma: float
+    outliers: int = 0
+    edge: float = 0.0
     bulk_distance: float
 
     @property
@@ -97,6 +101,7 @@ class ScanMatrix(Unit[MatrixSpectrum]):
     """
 
     result_type: ClassVar[type[BaseModel]] = MatrixSpectrum
+    version: ClassVar[int] = 2
 
     checkpoint: Path = Field(description="Checkpoint directory.")
     matrix: Matrix
@@ -143,9 +148,10 @@ def compute_values(entry: TensorEntry, matrix: Matrix, device: str = "cpu") -> V
     """
     import numpy as np
 
-    from aidocks.laser.spectrum import gram, values_of_gram
+    from aidocks.laser.spectrum import gram, one_thread, values_of_gram
 
-    values_N: Values = values_of_gram(gram(_blocks(entry, matrix), matrix.full_rank, device)).numpy()
+    with one_thread(device):
+        values_N: Values = values_of_gram(gram(_blocks(entry, matrix), matrix.full_rank, device)).numpy()
     if not np.isfinite(values_N).all():
         raise CorruptCheckpoint(
             f"The matrix {matrix.address} contains values that are not finite.",
@@ -172,6 +178,8 @@ def describe_spectrum(matrix: Matrix, values_N: Values, keeps: tuple[float, ...]
         singular_values=tuple(_sample(values_N.tolist())),
         frobenius=float(np.sqrt(np.square(values_N).sum())),
         sigma=fit.sigma,
+        outliers=fit.outliers,
+        edge=fit.edge,
         bulk_distance=fit.distance,
     )
 

@@ -17,7 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from aidocks.checkpoints.files import OutputFile, write_bytes, write_text
 from aidocks.checkpoints.header import TensorEntry
 from aidocks.checkpoints.reader import Checkpoint
-from aidocks.laser.layer_lists import SCORES, list_layers, spectrum_table, unfrozen_yaml
+from aidocks.checkpoints.writer import ShardPlan, ShardWriter, TensorPlan
+from aidocks.laser.layer_lists import (
+    SCORES,
+    list_layers,
+    pictures_by_kind,
+    spectrum_table,
+    unfrozen_yaml,
+)
 from aidocks.laser.matrices import Matrix, find_matrices, select_matrices
 from aidocks.laser.scan import MatrixSpectrum, ScanMatrix, open_checkpoint
 from aidocks.models.hub import FetchModel
@@ -26,8 +33,8 @@ from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.laser_scan import LaserScanResult, LaserScanSpec, RuleOutcome, ScannedMatrix
 
 #: Raise it when the same weights and request get other files.
-_VERSION = 1
-_SCAN_FILE = "scan.json"
+_VERSION = 2
+_SCAN_FILE, _VALUES_FILE = "scan.json", "spectra.safetensors"
 _CHUNK_BYTES = 4 << 20
 
 
@@ -61,7 +68,9 @@ class LaserScan(Operation[LaserScanSpec, LaserScanResult]):
             result = yield from _write(spectra, hashes, spec, context, checkpoint, directory)
         else:
             context.say("These weights were scanned before with the same request.")
-        return result.model_copy(update={"matrices": result.matrices[: spec.rows]})
+        # An answer stays compact: values are in the files.
+        rows = (row.model_copy(update={"singular_values": ()}) for row in result.matrices[: spec.rows])
+        return result.model_copy(update={"matrices": tuple(rows)})
 
 
 def scan(
@@ -143,12 +152,37 @@ class HashWeights(Unit[WeightHashes]):
         return WeightHashes(files=FileHashes(self.cache_dir).compute(checkpoint.weight_files), same=same)
 
 
+class DrawSpectra(WritingUnit):
+    """The picture of all spectra of one kind."""
+
+    file: Path = Field(description="Where it is written.")
+    pictured: tuple[ScanMatrix, ...] = Field(description="Scans of the matrices that it shows.")
+
+    @property
+    def label(self) -> str:
+        return self.file.name
+
+    @property
+    def weight(self) -> float:
+        return float(len(self.pictured))
+
+    def run(self, context: UnitContext) -> WrittenFiles:
+        from aidocks.laser.scan_figures import draw_kind
+
+        spectra = ((unit.matrix, unit.values(context)) for unit in self.pictured)
+        title = self.file.stem.removeprefix("spectra-")
+        return WrittenFiles(files=(write_bytes(self.file, draw_kind(title, spectra, len(self.pictured))),))
+
+
 class WriteScan(WritingUnit):
-    """The files of a scan: tables, lists, pictures; ``scan.json`` is the last, so that where it is, all is."""
+    """The files of a scan: tables, lists, values; ``scan.json`` is the last, so that where it is, all is."""
 
     directory: Path = Field(description="Where the files are written.")
-    result: LaserScanResult = Field(description="As the job returns it, with all rows.")
-    pictured: tuple[ScanMatrix, ...] = Field(description="Matrices whose spectrum is drawn.")
+    result: LaserScanResult = Field(description="As the job returns it, with all rows and values.")
+    scans: tuple[ScanMatrix, ...] = Field(
+        description="Of all matrices; their values are kept since they were scanned."
+    )
+    pictured: tuple[ScanMatrix, ...] = Field(description="Those whose spectrum the overview shows.")
 
     @property
     def label(self) -> str:
@@ -166,6 +200,7 @@ class WriteScan(WritingUnit):
         written: list[OutputFile] = [
             write_bytes(self.directory / "noise_ratio.png", figures.draw_noise_ratios(rows)),
             write_bytes(self.directory / "spectra.png", figures.draw_spectra(spectra)),
+            self._write_values(context),
             *(write_text(self.directory / layers.file, unfrozen_yaml(layers)) for layers in lists),
             write_text(self.directory / "unfrozen.yaml", self.result.unfrozen_yaml),
             *(write_text(self.directory / n, json.dumps(d, indent=1) + "\n") for n, d in documents.items()),
@@ -173,10 +208,32 @@ class WriteScan(WritingUnit):
         ]
         return WrittenFiles(files=tuple(written))
 
+    def _write_values(self, context: UnitContext) -> OutputFile:
+        """Write all singular values of all matrices: address -> float64 [N]."""
+        import torch
 
-#: Files beside the lists, in the order in which people look at them.
-_FILES = ("unfrozen.yaml", "noise_ratio.png", "spectra.png", _SCAN_FILE, "layers.json", "snr_results.json")
-#: Spectra that are drawn, at most: one matrix of each kind.
+        plans = (
+            TensorPlan(name=unit.matrix.address, dtype="F64", shape=(unit.matrix.full_rank,))
+            for unit in self.scans
+        )
+        plan = ShardPlan(file_name=_VALUES_FILE, tensors=tuple(plans))
+        with ShardWriter(self.directory, plan) as writer:
+            for unit in self.scans:
+                writer.write(unit.matrix.address, torch.from_numpy(unit.values(context)))
+        return writer.output
+
+
+#: Files beside the lists and the pictures of the kinds, in the order in which people look at them.
+_FILES = (
+    "unfrozen.yaml",
+    "noise_ratio.png",
+    "spectra.png",
+    _SCAN_FILE,
+    "layers.json",
+    "snr_results.json",
+    _VALUES_FILE,
+)
+#: Spectra that the overview shows, at most: one matrix of each kind.
 _PICTURED = 6
 
 
@@ -238,6 +295,8 @@ def _write(
         for fraction in spec.top_fractions
         for score in SCORES
     )
+    matrices = [spectrum.matrix for spectrum in spectra]
+    pictures = pictures_by_kind(matrices)
     result = LaserScanResult(
         path=str(directory),
         content_hash=directory.name,
@@ -246,19 +305,28 @@ def _write(
         matrices=rows,
         lists=lists,
         unfrozen_yaml=unfrozen_yaml(lists[0]) if lists else "unfrozen_parameters: []\n",
-        files=(*_FILES, *(layers.file for layers in lists)),
+        files=(*_FILES, *pictures, *(layers.file for layers in lists)),
     )
-    kinds = {spectrum.matrix.kind: spectrum.matrix for spectrum in reversed(spectra)}
-    pictured = tuple(
-        ScanMatrix(
-            checkpoint=checkpoint.path,
-            matrix=matrix,
-            file_sha256=hashes.files[checkpoint.entries[matrix.name].file.name],
-            cache_dir=context.cache_dir,
+
+    def scans(chosen: Sequence[Matrix]) -> tuple[ScanMatrix, ...]:
+        return tuple(
+            ScanMatrix(
+                checkpoint=checkpoint.path,
+                matrix=matrix,
+                file_sha256=hashes.files[checkpoint.entries[matrix.name].file.name],
+                cache_dir=context.cache_dir,
+            )
+            for matrix in chosen
         )
-        for matrix in sorted(kinds.values(), key=lambda matrix: matrix.order)[:_PICTURED]
+
+    drawings = tuple(
+        DrawSpectra(file=directory / name, pictured=scans(chosen)) for name, chosen in pictures.items()
     )
-    yield Stage("report", (WriteScan(directory=directory, result=result, pictured=pictured),))
+    yield Stage("pictures", drawings)
+    kinds = {matrix.kind: matrix for matrix in reversed(matrices)}
+    overview = sorted(kinds.values(), key=lambda matrix: matrix.order)[:_PICTURED]
+    writing = WriteScan(directory=directory, result=result, scans=scans(matrices), pictured=scans(overview))
+    yield Stage("report", (writing,))
     return result
 
 
@@ -276,6 +344,8 @@ def describe_row(spectrum: MatrixSpectrum, same: dict[str, str]) -> ScannedMatri
         kind=matrix.kind,
         shape=matrix.shape,
         sigma=spectrum.sigma,
+        outliers=spectrum.outliers,
+        edge=spectrum.edge,
         rules=tuple(
             RuleOutcome(rule=key, rank=decision.rank, energy=round(decision.energy, 6))
             for key, decision in spectrum.decisions.items()
@@ -285,5 +355,7 @@ def describe_row(spectrum: MatrixSpectrum, same: dict[str, str]) -> ScannedMatri
         bulk_distance=spectrum.bulk_distance,
         frobenius=spectrum.frobenius,
         spectral_norm=spectrum.spectral_norm,
+        # As many digits as anybody reads off a sample; the file of all values has them all.
+        singular_values=tuple(float(f"{value:.6g}") for value in spectrum.singular_values),
         tied=tuple(name for name, first in same.items() if first == matrix.name),
     )

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from aidocks.evaluate.scoring import Batch, Task
 
+#: Bytes of directions that are kept between the batches of a unit, at most.
+_ROOM = 1 << 30
 #: Stands for the z of a change that is the same for every item.
 _LARGEST_Z = 1e9
 
@@ -266,6 +268,8 @@ class _Tape:
         for index, candidate in enumerate(candidates):
             self._by_address.setdefault(candidate.address, []).append(index)
         self._layers = linear_layers(network, self._by_address)
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._room = _ROOM
         self._items = 0
         self._rows = 0
         self._tokens = 0
@@ -283,7 +287,7 @@ class _Tape:
 
     def attached(self) -> ExitStack:
         """Return the context in which passes are recorded; it leaves the model as it was."""
-        from aidocks.laser.workbench import locate
+        from aidocks.laser.calibration import locate_all
 
         stack = ExitStack()
         for parameter in self._network.parameters():
@@ -297,8 +301,8 @@ class _Tape:
         for address, layer in self._layers.items():
             stack.enter_context(layer.register_forward_hook(self._watch_output(address)))
         others: dict[int, tuple[Any, list[tuple[str, Any]]]] = {}
-        for address in [address for address in self._by_address if address not in self._layers]:
-            slot = locate(self._network, address)
+        elsewhere = [address for address in self._by_address if address not in self._layers]
+        for address, slot in locate_all(self._network, elsewhere).items():
             others.setdefault(id(slot.parameter), (slot.parameter, []))[1].append((address, slot))
         for parameter, slots in others.values():
             parameter.requires_grad_()
@@ -319,7 +323,6 @@ class _Tape:
     def _record_output(
         self, address: str, shape: tuple[int, ...], y: torch.Tensor, gradient: torch.Tensor
     ) -> None:
-
         width = y.shape[-1]
         known = len(y) == (self._rows if y.ndim > 2 else self._tokens)
         rows = self._rows if known else 1  # a layer that picks its tokens: whose they are is not known
@@ -351,24 +354,38 @@ class _Tape:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the directions that any cut of a candidate touches, and the share of each that it takes away.
 
-        They are read each time: the system keeps files in memory better than we could, and drops them when it must.
+        The first to be read stay until the pass is over, as many as there is room for: all are asked for in turn, so
+        none is needed sooner than another.
         """
-        import torch
+        kept = self._kept.get(index)
+        if kept is None:
+            kept = _read_directions(self._candidates[index], shape, like)
+            size = sum(tensor.nbytes for tensor in kept)
+            if size <= self._room:
+                self._kept[index] = kept
+                self._room -= size
+        return kept
 
-        from aidocks.laser.rules import shrink_factors
-        from aidocks.laser.truncation import load_basis
 
-        candidate = self._candidates[index]
-        basis = load_basis(candidate.basis)
-        count = len(basis.values_N)
-        dropped_NK = torch.ones(count, len(candidate.cuts))
-        for place, (rank, shrink) in enumerate(candidate.cuts):
-            if shrink:
-                kept_N = shrink_factors(basis.values_N.numpy(), (shape[0], shape[1]))
-                dropped_NK[:rank, place] -= torch.from_numpy(kept_N[:rank]).float()
-            else:
-                dropped_NK[:rank, place] = 0.0
-        # Leading directions that every cut keeps change nothing.
-        first = int(dropped_NK.any(1).float().argmax()) if bool(dropped_NK.any()) else count
-        u_ON = basis.directions_ON[:, first:].to(like.device, like.dtype)
-        return u_ON, dropped_NK[first:].to(like.device)
+def _read_directions(
+    candidate: ScreenCandidate, shape: tuple[int, ...], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read what :meth:`_Tape._directions` returns: u_ON in type and on the device of ``like``, and dropped_NK."""
+    import torch
+
+    from aidocks.laser.rules import shrink_factors
+    from aidocks.laser.truncation import load_directions, load_values
+
+    count = min(shape)
+    dropped_NK = torch.ones(count, len(candidate.cuts))
+    kept_N = (
+        torch.from_numpy(shrink_factors(load_values(candidate.basis).numpy(), (shape[0], shape[1]))).float()
+        if candidate.shrunken_ranks
+        else torch.ones(count)
+    )
+    for place, (rank, shrink) in enumerate(candidate.cuts):
+        dropped_NK[:rank, place] -= kept_N[:rank] if shrink else 1.0
+    # Leading directions that every cut keeps change nothing.
+    first = int(dropped_NK.any(1).float().argmax()) if bool(dropped_NK.any()) else count
+    u_ON = load_directions(candidate.basis, first).to(like.device, like.dtype, copy=True)
+    return u_ON, dropped_NK[first:].to(like.device, copy=True)

@@ -12,7 +12,9 @@ from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.evaluate.measurements import Pairs
 from aidocks.evaluate.objectives import ObjectiveSource, Part
-from aidocks.laser.calibration import CollectCovariances
+from aidocks.laser.calibration import CollectCovariances, calibration_groups
+from aidocks.laser.checks import COVARIANCE_SHARDS
+from aidocks.laser.composition import Composition
 from aidocks.laser.decomposition import DecomposeMatrix, Decomposition
 from aidocks.laser.evaluation import Change, MeasureChange
 from aidocks.laser.matrices import Matrix, Reduction
@@ -22,7 +24,6 @@ from aidocks.laser.screening import ScreenCandidate, ScreenCandidates, combine
 from aidocks.laser.selection import (
     OBJECTION_Z,
     Candidate,
-    Composition,
     Cut,
     Proposal,
     choose_predicted,
@@ -34,9 +35,13 @@ from aidocks.laser.selection import (
 from aidocks.plan import Stage, Unit
 from aidocks.specs.laser import LaserSpec, Truncation
 
-#: Shares of the calibration data, fixed, so that the sums do not depend on the number of workers.
-COVARIANCE_SHARDS = 2
+#: Shares of the calibration data, fixed, so that sums do not depend on the number of workers.
 GRADIENT_GROUPS = 8
+#: How often the rest is composed anew when held-out data contradict everything that was accepted.
+MOST_COMPOSITIONS = 4
+#: Held-out data confirm a result when the objective improves there by so many paired standard errors: what the search
+#: accepted by chance fails that in five cases of six.
+CONFIRMATION_Z = 1.0
 #: Of the search items that predicted candidates are measured on alone, before the promising ones are composed.
 QUALIFYING_SHARE = 0.25
 
@@ -93,22 +98,74 @@ class Search:
         self.say(f"Scanned {len(spectra)} matrices; the rules propose {len(proposals)} reductions.")
         candidates = yield from self._candidates(proposals)
         candidates = yield from self._measure(candidates)
-        composition = Composition(
-            candidates,
-            self._unit,
-            z_threshold=self.spec.z_threshold,
-            max_accepted=self.spec.max_accepted,
-            parallelism=self.parallelism,
-            in_order=self.spec.selection == "backward",
-        )
-        candidates = yield from composition.run()
-        judged = yield from self._verify(candidates, composition)
+        judged = yield from self._settle(candidates)
         return Findings(
             file_hashes=hashes.files,
             spectra=spectra,
             screened=len(proposals) if self.spec.selection == "gradient" else 0,
             **judged,
         )
+
+    def _settle(self, candidates: Sequence[Candidate]) -> Generator[Stage, list[Any], dict[str, Any]]:
+        """Compose and confirm; what held-out data contradict from the first is left out, and the rest composed anew."""
+        gone: list[Candidate] = []
+        first_objection = None
+        for _ in range(MOST_COMPOSITIONS):
+            left = [c for c in candidates if c.reduction not in {other.reduction for other in gone}]
+            composition = Composition(
+                left,
+                self._unit,
+                z_threshold=self.spec.z_threshold,
+                max_accepted=self.spec.max_accepted,
+                parallelism=self.parallelism,
+                in_order=self.spec.selection == "backward",
+            )
+            verdicts = yield from composition.run()
+            accepted, held_out, objection = yield from self._confirm(composition)
+            first_objection = first_objection or objection
+            if accepted or not composition.accepted:
+                gone += composition.accepted[len(accepted) :]
+                break
+            gone += composition.accepted[: composition.steps[0]]
+        figures = yield from self._figures(accepted, held_out)
+        known = {c.reduction: c for c in verdicts} | {
+            c.reduction: c.judged(verdict="taken back") for c in gone
+        }
+        return figures | {
+            "candidates": tuple(known[c.reduction] for c in candidates),
+            "accepted": tuple(accepted),
+            "objection": first_objection,
+        }
+
+    def _confirm(
+        self, composition: Composition
+    ) -> Generator[Stage, list[Any], tuple[list[Candidate], Change, str | None]]:
+        """Take back the last acceptances as long as held-out data object.
+
+        Returns:
+            What is left, its measurement on held-out data, and the first objection.
+        """
+        accepted, first_objection = list(composition.accepted), None
+        (held_out,) = yield Stage("verify", (self._final_unit(accepted, "held_out"),))
+        for step in reversed([0, *composition.steps[:-1]]):
+            objection = _objection(held_out, self.objectives) if accepted else None
+            if objection is None:
+                break
+            first_objection = first_objection or objection
+            self.say(f"Taken back: {', '.join(c.label for c in accepted[step:])}; {objection}")
+            del accepted[step:]
+            (held_out,) = yield Stage("verify", (self._final_unit(accepted, "held_out"),))
+        return accepted, held_out, first_objection
+
+    def _figures(
+        self, accepted: Sequence[Candidate], held_out: Change
+    ) -> Generator[Stage, list[Any], dict[str, Any]]:
+        # The search data told enough before; here their figures end as soon as they are significant.
+        on_search = self._unit((), accepted, "base and result on the search data")
+        on_report = self._final_unit(accepted, "report")
+        search, report = yield Stage("final figures", (on_search, on_report))
+        self._tell(accepted, report.pairs)
+        return {"scores": {"search": search.pairs, "held_out": held_out.pairs, "report": report.pairs}}
 
     def _candidates(self, proposals: Sequence[Proposal]) -> Generator[Stage, list[Any], list[Candidate]]:
         """Return what is measured: chosen by gradient, or by the order that the request asks for."""
@@ -153,9 +210,9 @@ class Search:
 
     def _decompose(self, proposals: Sequence[Proposal]) -> Generator[Stage, list[Any], list[Candidate]]:
         covariances: tuple[OutputFile, ...] = ()
-        informed = sorted({p.matrix.address for p in proposals if p.truncation == "activation_aware"})
+        informed = {p.matrix.address: p.matrix for p in proposals if p.truncation == "activation_aware"}
         if informed:
-            written = yield Stage("calibrate", self._calibration_units(informed))
+            written = yield Stage("calibrate", self._calibration_units(tuple(informed.values())))
             covariances = tuple(file for part in written for file in part.files)
         wanted: dict[tuple[str, Truncation], list[Proposal]] = {}
         for proposal in proposals:
@@ -187,35 +244,6 @@ class Search:
         total = self.objectives[0].sizes["search"]
         return [c.measured(known[c.reduction], total, self.spec.z_threshold) for c in candidates]
 
-    def _verify(
-        self, candidates: Sequence[Candidate], composition: Composition
-    ) -> Generator[Stage, list[Any], dict[str, Any]]:
-        """Take back the last acceptances as long as held-out data object; return what is left, with its figures."""
-        accepted, objection = list(composition.accepted), None
-        (held_out,) = yield Stage("verify", (self._final_unit(accepted, "held_out"),))
-        for step in reversed([0, *composition.steps[:-1]]):
-            found = _objection(held_out, self.objectives) if accepted else None
-            if found is None:
-                break
-            objection = objection or found
-            self.say(f"Taken back: {', '.join(c.label for c in accepted[step:])}; {found}")
-            del accepted[step:]
-            (held_out,) = yield Stage("verify", (self._final_unit(accepted, "held_out"),))
-        parts: tuple[Part, ...] = ("search", "report")
-        search, report = yield Stage(
-            "final figures", tuple(self._final_unit(accepted, part) for part in parts)
-        )
-        self._tell(accepted, report.pairs)
-        gone = {c.reduction for c in composition.accepted[len(accepted) :]}
-        return {
-            "candidates": tuple(
-                c.judged(verdict="taken back") if c.reduction in gone else c for c in candidates
-            ),
-            "accepted": tuple(accepted),
-            "scores": {"search": search.pairs, "held_out": held_out.pairs, "report": report.pairs},
-            "objection": objection,
-        }
-
     def _tell(self, accepted: Sequence[Candidate], scores: Sequence[Pairs]) -> None:
         if not accepted:
             self.say("No reduction helped significantly: the result is the base, unchanged.")
@@ -226,17 +254,17 @@ class Search:
         change = f"{_number(before)} -> {_number(after)} (z {z})"
         self.say(f"Accepted: {names}. {self.objectives[0].label}, on data never seen: {change}.")
 
-    def _calibration_units(self, addresses: Sequence[str]) -> tuple[Unit[Any], ...]:
+    def _calibration_units(self, matrices: Sequence[Matrix]) -> tuple[Unit[Any], ...]:
         return tuple(
             CollectCovariances(
                 checkpoint=self.base.path,
-                objective=source,
-                matrices=tuple(addresses),
+                objectives=self.objectives,
+                matrices=addresses,
                 directory=self.workspace / "calibration",
                 shard=shard,
                 shards=COVARIANCE_SHARDS,
             )
-            for source in self.objectives
+            for addresses in calibration_groups(matrices)
             for shard in range(COVARIANCE_SHARDS)
         )
 
@@ -319,11 +347,11 @@ def _in_order(candidates: Sequence[Candidate]) -> tuple[Reduction, ...]:
 
 def _objection(change: Change, objectives: Sequence[ObjectiveSource]) -> str | None:
     """Say what speaks against publishing a result, on data that no choice has seen; None when nothing does."""
-    delta = change.objective.comparison.delta
-    if delta is None or delta >= 0:
-        return f"on held-out data the {objectives[0].label} is not better."
+    if not change.objective.improved(CONFIRMATION_Z):
+        z = _number(change.objective.comparison.z)
+        return f"on held-out data the {objectives[0].label} is not clearly better (z {z})."
     for guard, pairs in zip(objectives[1:], change.guards, strict=True):
-        if pairs.comparison.worsened(OBJECTION_Z):
+        if pairs.worsened(OBJECTION_Z):
             return f"on held-out data the guard {guard.label} is worse (z {_number(pairs.comparison.z)})."
     return None
 

@@ -1,9 +1,7 @@
-"""Singular values and rank reduction by way of the Gram matrix of the smaller side.
+"""Singular values by way of the Gram matrix of the smaller side.
 
-With G = W Wᵀ (N x N, N <= M) and G = U Λ Uᵀ the singular values are the roots of Λ, and the best rank-k
-approximation (Eckart and Young) is W_k = U_k (U_kᵀ W): V is never needed. In fp64 this agrees with the SVD
-to about 1e-14 in W_k at a third of its cost; in fp32 it is as exact as an fp32 SVD, far below the rounding
-of a stored bfloat16 weight.
+With G = W Wᵀ (N x N, N <= M) the singular values are the roots of the eigenvalues of G. In fp64 those above 1e-7 of
+the largest are as exact as an SVD's, at a quarter of its cost. (Directions, too: see ``truncation``.)
 
 The Gram matrix is summed over blocks of the longer side, so that no more than a block is ever held in fp64, whatever
 the matrix is stored in.
@@ -15,6 +13,7 @@ the Gram matrix, s_N the singular values.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -22,6 +21,22 @@ import torch
 #: for every block, which fewer rows than these are not worth.
 _BLOCK_BYTES = 1 << 20
 _LEAST_ROWS = 256
+
+
+@contextmanager
+def one_thread(device: str) -> Iterator[None]:
+    """Compute with one thread of the CPU meanwhile, whatever this process may use; on a GPU nothing changes.
+
+    A sum that threads share is rounded otherwise with each number of them. So whoever decomposes gets the same bits,
+    on a worker of however many threads. What is lost in time is won by units that run beside each other.
+    """
+    before = torch.get_num_threads()
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def singular_values(w_OI: torch.Tensor) -> torch.Tensor:
@@ -75,30 +90,6 @@ def values_of_gram(g_NN: torch.Tensor) -> torch.Tensor:
         return torch.full(g_NN.shape[:1], torch.nan, dtype=torch.float64)
     descending: torch.Tensor = torch.linalg.eigvalsh(g_NN).clamp_min(0).sqrt().flip(0)
     return descending.cpu()
-
-
-def reduce_rank(w_OI: torch.Tensor, rank: int, compute: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return the best approximation of a matrix by one of smaller rank, in its own shape, dtype and device.
-
-    Args:
-        w_OI: The matrix. Not changed.
-        rank: Rank to keep, 0 to min(O, I).
-        compute: Precision of the decomposition.
-    """
-    full = min(w_OI.shape)
-    assert 0 <= rank <= full, f"rank {rank} of a matrix of shape {tuple(w_OI.shape)}"
-    if rank == full:
-        return w_OI.clone()
-    w_NM = _small_side_first(w_OI).to(compute)
-    _, u_NN = torch.linalg.eigh(w_NM @ w_NM.mT)  # eigenvalues ascend: the leading directions are last
-    if rank > full // 2:
-        dropped_ND = u_NN[:, : full - rank]
-        reduced_NM = w_NM - dropped_ND @ (dropped_ND.mT @ w_NM)
-    else:
-        kept_NK = u_NN[:, full - rank :]
-        reduced_NM = kept_NK @ (kept_NK.mT @ w_NM)
-    reduced_OI: torch.Tensor = reduced_NM if w_OI.shape[0] <= w_OI.shape[1] else reduced_NM.mT
-    return reduced_OI.to(w_OI.dtype).contiguous()
 
 
 def _small_side_first(w_OI: torch.Tensor) -> torch.Tensor:

@@ -10,16 +10,20 @@ Shapes: B rows, T tokens, K positions whose logits are needed, V the vocabulary;
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from aidocks.evaluate.scoring import plain_forward
 
-#: Bytes of kept outputs at most, unless said otherwise.
-DEFAULT_LIMIT = 1 << 30
+#: Bytes of kept outputs for which there is always room.
+LEAST_LIMIT = 1 << 30
+#: Share of the memory that is left which kept outputs may take.
+_SHARE = 0.25
 
 
 class SuffixForward:
@@ -31,7 +35,7 @@ class SuffixForward:
         layers_run: Layers that were run in all, for whoever wants to know what was saved.
     """
 
-    def __init__(self, network: Any, *, limit: int = DEFAULT_LIMIT) -> None:
+    def __init__(self, network: Any, *, limit: int = LEAST_LIMIT) -> None:
         self._network = network
         self._forward = plain_forward(network)
         self._limit = limit
@@ -69,13 +73,23 @@ class SuffixForward:
         return self.depth if id(parameter) in ours and not tied else 0
 
     def expect(self, tokens: int) -> None:
-        """Prepare for batches of so many tokens in all (with padding): keep so many outputs as the limit allows."""
+        """Prepare for batches of so many tokens in all (with padding): keep so many outputs as the limit allows.
+
+        What is kept already is thinned out; where that leaves too little it goes, and :meth:`keeps` tells.
+        """
         affordable = self._limit // max(1, tokens * self._bytes_per_token)
         stride = math.ceil(self.depth / affordable) if affordable else self.depth + 1
-        self.stride = max(1, stride)
+        stride, before = max(1, stride), self.stride
+        self.stride = stride
+        if stride % before:
+            self._kept.clear()
         for kept in self._kept.values():
             for done in [done for done in kept if done % self.stride]:
                 del kept[done]
+
+    def keeps(self, key: Hashable) -> bool:
+        """Say whether the outputs of a batch are kept, as far as they are kept at all."""
+        return key in self._kept
 
     def forget(self, start: int = 0) -> None:
         """Forget what depends on layer ``start`` and those above."""
@@ -180,6 +194,31 @@ class SuffixForward:
                 handle.remove()
             self._kept.clear()
             self.layers_run = 0
+
+
+def cache_limit(device: torch.device, share: float) -> int:
+    """Return the bytes of outputs that a worker may keep, from the memory that is left on its device.
+
+    Args:
+        device: Where the network is.
+        share: Of the machine's processors, and so of its memory, that this worker may use.
+    """
+    if device.type == "cuda":
+        return max(LEAST_LIMIT, int(_SHARE * torch.cuda.mem_get_info(device)[0]))
+    return max(LEAST_LIMIT, int(_SHARE * share * _available_memory()))
+
+
+def _available_memory() -> int:
+    """Return the bytes that are left of the machine's memory, and of the container's; 0 where nothing tells."""
+    left = []
+    try:
+        told = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        left += [int(told[1]) * 1024] if told else []
+        group = Path("/sys/fs/cgroup")
+        left.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # not Linux, no container, or one without a limit
+        pass
+    return max(0, min(left, default=0))
 
 
 def decoder_layers(network: Any) -> list[torch.nn.Module]:

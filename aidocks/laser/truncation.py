@@ -75,18 +75,16 @@ def activation_basis(
             positive definite even so, and its inverse matters (O > I).
     """
     w_OI = _computed(w_OI, precision)
-    c_II = covariance_II.to(w_OI.device, w_OI.dtype)
+    c_II = covariance_II.to(w_OI.device, w_OI.dtype)  # may be the largest by far, and is not copied again
     assert c_II.shape == (w_OI.shape[1],) * 2, f"{tuple(c_II.shape)} for a matrix {tuple(w_OI.shape)}"
     mean = float(c_II.diagonal().mean())
     if mean <= 0:  # nothing ever came in: every output error is zero, whatever is kept
         return weight_basis(w_OI, precision=precision)
-    c_II = c_II.clone()
-    c_II.diagonal().add_(ridge * mean)
     if w_OI.shape[0] <= w_OI.shape[1]:
-        g_OO = w_OI @ c_II @ w_OI.mT
+        g_OO = (w_OI @ c_II).add_(w_OI, alpha=ridge * mean) @ w_OI.mT
         return _from_outputs((g_OO + g_OO.mT) / 2, precision)
     # With C = L Lᵀ the singular vectors of W L are those of W C^{1/2}, and the small side's Gram matrix is Lᵀ WᵀW L.
-    l_II = _cholesky(c_II).to(w_OI.dtype)
+    l_II = _cholesky(c_II, ridge * mean).to(w_OI.dtype)
     values_N, v_IN = _descending(l_II.mT @ (w_OI.mT @ w_OI) @ l_II)
     return _from_inputs(w_OI @ (l_II @ v_IN), values_N, precision)
 
@@ -135,17 +133,19 @@ def factors(
 def save_basis(path: Path, basis: Basis) -> OutputFile:
     """Write a basis as a safetensors file, which appears whole or not at all: directions in fp32, values in fp64.
 
+    Each direction lies in one piece, so that some of them can be read without the others.
+
     Raises:
         InsufficientDisk: When it does not fit.
     """
-    shape = tuple(basis.directions_ON.shape)
+    u_NO = basis.directions_ON.float().mT
     plans = (
-        TensorPlan(name=_VALUES, dtype="F64", shape=(shape[1],)),
-        TensorPlan(name=_DIRECTIONS, dtype="F32", shape=shape),
+        TensorPlan(name=_VALUES, dtype="F64", shape=(len(u_NO),)),
+        TensorPlan(name=_DIRECTIONS, dtype="F32", shape=tuple(u_NO.shape)),
     )
     with ShardWriter(path.parent, ShardPlan(file_name=path.name, tensors=plans)) as writer:
         writer.write(_VALUES, basis.values_N.double())
-        writer.write(_DIRECTIONS, basis.directions_ON.float())
+        writer.write(_DIRECTIONS, u_NO)
     return writer.output
 
 
@@ -154,7 +154,25 @@ def load_basis(path: Path, device: str = "cpu") -> Basis:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return Basis(file.get_tensor(_DIRECTIONS).to(device), file.get_tensor(_VALUES))
+        return Basis(file.get_tensor(_DIRECTIONS).to(device).mT, file.get_tensor(_VALUES))
+
+
+def load_values(path: Path) -> torch.Tensor:
+    """Read the values of a basis alone: float64 [N] on the CPU."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        values_N: torch.Tensor = file.get_tensor(_VALUES)
+        return values_N
+
+
+def load_directions(path: Path, first: int) -> torch.Tensor:
+    """Read the directions of a basis from the given one on, and no others: float32 [O, N - first] on the CPU."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        u_KO: torch.Tensor = file.get_slice(_DIRECTIONS)[first:]
+        return u_KO.mT
 
 
 def _computed(w_OI: torch.Tensor, precision: Precision) -> torch.Tensor:
@@ -168,16 +186,17 @@ def _descending(gram_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return eigenvalues_N.clamp_min(0).sqrt().flip(0), vectors_NN.flip(1)
 
 
-def _cholesky(c_II: torch.Tensor) -> torch.Tensor:
-    """Return L with L Lᵀ = C, float64; where rounding has made C indefinite, of C with as little more as it takes."""
-    c_II = c_II.to(torch.float64)
+def _cholesky(c_II: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return L with L Lᵀ = C + ridge I, float64; where that is indefinite, of C with as little more as it takes."""
+    c_II = c_II.to(torch.float64, copy=True)
+    c_II.diagonal().add_(ridge)
     more = RIDGE * float(c_II.diagonal().mean())
     while True:
         l_II: torch.Tensor
         l_II, failed = torch.linalg.cholesky_ex(c_II)
         if not int(failed):
             return l_II
-        c_II = c_II + more * torch.eye(len(c_II), dtype=c_II.dtype, device=c_II.device)
+        c_II.diagonal().add_(more)
         more *= 10
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -16,8 +17,8 @@ from aidocks.evaluate.causal_lm import CausalLM, load
 from aidocks.evaluate.measurements import Pairs, decide, finite_losses
 from aidocks.evaluate.objectives import ObjectiveSource, Part
 from aidocks.evaluate.scoring import Batch, Forward, Task, context_length, load_task
-from aidocks.laser.matrices import Reduction, find_matrices, stored_matrix
-from aidocks.laser.suffix import DEFAULT_LIMIT, SuffixForward
+from aidocks.laser.matrices import Reduction, find_matrices, parse_address, stored_matrix
+from aidocks.laser.suffix import LEAST_LIMIT, SuffixForward, cache_limit
 from aidocks.laser.truncation import load_basis, reduce
 from aidocks.plan import UnitContext
 
@@ -34,7 +35,6 @@ _FUSED_KINDS = {
     "down_proj": ("down_proj", None),
 }
 #: `name[3]`: the matrix of expert 3 in a tensor that holds those of all.
-_SLICE = re.compile(r"(?P<name>.+)\[(?P<expert>\d+)\]")
 
 State = dict[str, Reduction]
 
@@ -71,7 +71,7 @@ class Workbench:
     states before it.
     """
 
-    def __init__(self, model: CausalLM, checkpoint: Checkpoint, *, limit: int = DEFAULT_LIMIT) -> None:
+    def __init__(self, model: CausalLM, checkpoint: Checkpoint, *, limit: int = LEAST_LIMIT) -> None:
         self.model = model
         self.suffix = SuffixForward(model.network, limit=limit)
         self.applied: State = {}
@@ -120,6 +120,26 @@ class Workbench:
             self._before.clear()
             self.base = base
 
+    def expect(self, sources: Sequence[ObjectiveSource], part: Part) -> None:
+        """Get ready to measure on a part of all these objectives, among which the memory for outputs is then divided.
+
+        Raises:
+            InvalidSpec: As :func:`~aidocks.evaluate.scoring.load_task`.
+        """
+        if part != self._part:
+            # The units of one stage are of one part: what was kept of another is not needed any more.
+            self._part = part
+            self._tasks.clear()
+            self._before.clear()
+            self.suffix.forget()
+        fresh = {key: source for source in sources if (key := source.model_dump_json()) not in self._tasks}
+        longest = context_length(self.model.network)
+        for key, source in fresh.items():
+            self._tasks[key] = load_task(source, part, self.model.tokenizer, longest=longest)
+        if fresh:
+            batches = [batch for task in self._tasks.values() for batch in task.batches]
+            self.suffix.expect(sum(batch.ids_BT.numel() for batch in batches))
+
     def measure(
         self,
         source: ObjectiveSource,
@@ -143,7 +163,8 @@ class Workbench:
             The items measured so far, and their losses.
         """
         key = source.model_dump_json()
-        task = self._task(key, source, part)
+        self.expect([source], part)
+        task = self._tasks[key]
         base, state = list(self.base.values()), [*self.base.values(), *added]
         self._reduced = {r: reduced for r, reduced in self._reduced.items() if r in state}
         start = self._start([reduction.address for reduction in added])
@@ -171,9 +192,13 @@ class Workbench:
         return pairs
 
     def _fill(self, key: str, task: Task, batches: Sequence[Batch], base: Sequence[Reduction]) -> None:
-        """Measure the base on batches on which it was not measured yet, and keep what its layers put out."""
+        """Measure the base on batches on which it was not measured yet, and keep what its layers put out.
+
+        A batch whose outputs had to go is measured again, as new: that costs one forward, their absence one for every
+        change.
+        """
         known = self._before.setdefault(key, {})
-        missing = [batch for batch in batches if batch.number not in known]
+        missing = [b for b in batches if b.number not in known or not self.suffix.keeps((key, b.number))]
         if missing:
             self.apply(base)
         for batch in missing:
@@ -196,21 +221,6 @@ class Workbench:
             tokens=tokens,
             dtype=str(self.model.dtype).removeprefix("torch."),
         )
-
-    def _task(self, key: str, source: ObjectiveSource, part: Part) -> Task:
-        if part != self._part:
-            # The units of one stage are of one part: what was kept of another is not needed any more.
-            self._part = part
-            self._tasks.clear()
-            self._before.clear()
-            self.suffix.forget()
-        if key not in self._tasks:
-            longest = context_length(self.model.network)
-            self._tasks[key] = load_task(source, part, self.model.tokenizer, longest=longest)
-            self.suffix.expect(
-                sum(batch.ids_BT.numel() for task in self._tasks.values() for batch in task.batches)
-            )
-        return self._tasks[key]
 
     def _start(self, addresses: Sequence[str]) -> int:
         """Return the first layer that a change of these matrices touches."""
@@ -248,8 +258,7 @@ def locate(network: Any, address: str) -> Slot:
         IncompatibleModels: When transformers keeps this matrix in a form that is not known here.
     """
     parameters = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    sliced = _SLICE.fullmatch(address)
-    name = sliced["name"] if sliced else address
+    name, expert = parse_address(address)
     for spelling in (
         name,
         f"{network.base_model_prefix}.{name}",
@@ -258,7 +267,6 @@ def locate(network: Any, address: str) -> Slot:
         found = parameters.get(spelling)
         if found is None:
             continue
-        expert = int(sliced["expert"]) if sliced else None
         if found.ndim == (2 if expert is None else 3) and (expert is None or expert < len(found)):
             return Slot(found, expert)
     match = _EXPERT.fullmatch(address.replace(".block_sparse_moe.", ".mlp."))
@@ -282,7 +290,9 @@ def workbench(path: Path, dtype: str | None, context: UnitContext) -> Workbench:
     """Return the worker's workbench for a checkpoint; the model is loaded once."""
 
     def make() -> Workbench:
-        return Workbench(load(path, dtype, context.device), Checkpoint(path))
+        model = load(path, dtype, context.device)
+        share = min(1.0, context.threads / (os.cpu_count() or 1))
+        return Workbench(model, Checkpoint(path), limit=cache_limit(model.network.device, share))
 
     bench: Workbench = context.keep(f"workbench:{dtype}", path, make, large=True)
     return bench

@@ -6,7 +6,6 @@ result is what was measured. Everything else is copied as bytes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -25,15 +24,13 @@ from aidocks.laser.factors import (
     plan_tensors,
     write_config,
 )
-from aidocks.laser.matrices import Reduction
+from aidocks.laser.matrices import Reduction, parse_address
 from aidocks.plan import Unit, UnitContext, WritingUnit, WrittenFiles
 
 if TYPE_CHECKING:
     import torch
 
     from aidocks.laser.truncation import Basis
-
-_EXPERT = re.compile(r"(?P<name>.+)\[(?P<expert>\d+)\]")
 
 
 class FactorRanks(BaseModel):
@@ -156,7 +153,7 @@ def writing_units(
     writers = []
     for shard in shards:
         names = {t.name if t.name in checkpoint.entries else matrix_name(t.name) for t in shard.tensors}
-        inside = tuple(r for r in reductions if _place(r.address)[0] in names)
+        inside = tuple(r for r in reductions if parse_address(r.address)[0] in names)
         writers.append(
             WriteShard(checkpoint=checkpoint.path, directory=directory, shard=shard, reductions=inside)
         )
@@ -176,7 +173,7 @@ class _Reduced:
     def __init__(self, checkpoint: Checkpoint, reductions: Sequence[Reduction], device: str) -> None:
         self.names: dict[str, dict[int | None, Reduction]] = {}
         for reduction in reductions:
-            name, expert = _place(reduction.address)
+            name, expert = parse_address(reduction.address)
             slices = self.names.setdefault(name, {})
             assert expert not in slices, f"{reduction.address} is reduced twice"
             slices[expert] = reduction
@@ -222,9 +219,3 @@ class _Reduced:
                 hint="Something changed a file in the job's workspace; start the job again.",
             )
         return load_basis(reduction.basis, self._device)
-
-
-def _place(address: str) -> tuple[str, int | None]:
-    """Return the tensor and the expert that an address names."""
-    match = _EXPERT.fullmatch(address)
-    return (match["name"], int(match["expert"])) if match else (address, None)

@@ -6,17 +6,16 @@ Experts are numbered as in the request; texts are called by the expert whose exa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from math import ceil
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from aidocks.moe.report import WORST_CONDITION, TrainingPoint, own_expert, significant, text_title
+from aidocks.picture import png
 from aidocks.specs.moe_result import ModelPerplexity
 
 _LONGEST_NAME = 28
@@ -74,7 +73,7 @@ def draw_routing(weight_DLE: NDArray[np.float64], domains: Sequence[str], names:
         fontsize=9,
     )
     figure.supxlabel(_numbered(names, per_line=max(24, int(size[0] * 15))), fontsize=7)
-    return _png(figure)
+    return png(figure)
 
 
 def _write_shares(axes: Any, weight_LE: NDArray[np.float64], highest: float) -> None:
@@ -124,7 +123,7 @@ def draw_balance(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(labelsize=7)
     figure.supxlabel(_numbered(names, per_line=130), fontsize=7)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_gates(
@@ -156,7 +155,7 @@ def draw_gates(
     figure.colorbar(image, ax=left, shrink=0.9).ax.tick_params(labelsize=6)
     for axes in rest:
         _draw_condition(axes, condition)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_condition(axes: Any, condition: Sequence[float | None]) -> None:
@@ -211,7 +210,7 @@ def draw_perplexities(models: Sequence[ModelPerplexity], names: Sequence[str]) -
     if left_out:
         title.append(f"{' and '.join(left_out)} are not drawn")
     figure.suptitle("\n".join(title), fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_domain(axes: Any, models: Sequence[ModelPerplexity], number: int) -> None:
@@ -281,7 +280,7 @@ def draw_training(points: Sequence[TrainingPoint]) -> bytes:
         axes.set_xlabel("step", fontsize=7)
         axes.tick_params(labelsize=7)
         axes.margins(y=0.08)
-    return _png(figure)
+    return png(figure)
 
 
 def _numbered(names: Sequence[str], per_line: int) -> str:
@@ -301,10 +300,3 @@ def _short(name: str) -> str:
     # A dollar sign would begin a formula.
     name = name.replace("$", r"\$")
     return name if len(name) <= _LONGEST_NAME else f"…{name[-_LONGEST_NAME:]}"
-
-
-def _png(figure: Any) -> bytes:
-    FigureCanvasAgg(figure)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()

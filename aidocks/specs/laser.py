@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from aidocks.errors import InvalidSpec
 from aidocks.specs.base import ModelName, ModelRef, PublishableSpec
 from aidocks.specs.objective import Objective
 
-#: Candidates that are tried when the request does not say how many.
+#: Matrices that are tried when the request does not say how many.
 DEFAULT_CANDIDATES = 30
 
 Rule = Literal[
@@ -25,6 +26,12 @@ Output = Literal["dense", "factored"]
 DEFAULT_FRACTIONS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01)
 DEFAULT_ENERGIES = (0.9,)
 DEFAULT_RULES: tuple[Rule, ...] = ("laserrmt", "marchenko_pastur", "gavish_donoho", "fraction")
+#: The same where every rank that a rule proposes is measured, as the original does.
+ORIGINAL_RULES: tuple[Rule, ...] = ("laserrmt",)
+
+_LAST_LAYER = 9999
+_MOST_LAYERS = 1000
+_MOST_LISTED = 64
 
 
 def _parse_layers(layers: Any) -> Any:
@@ -36,24 +43,54 @@ def _parse_layers(layers: Any) -> Any:
         return layers
     numbers: list[Any] = []
     for part in parts:
-        span = re.fullmatch(r"\s*(\d{1,5})\s*-\s*(\d{1,5})\s*", part) if isinstance(part, str) else None
-        if span and int(span[1]) > int(span[2]):
-            raise ValueError(f"the range {part!r} runs backwards; write the lower layer first")
-        numbers += range(int(span[1]), int(span[2]) + 1) if span else [part]
+        numbers += _span(part) if isinstance(part, str) else [part]
+        if len(numbers) > _MOST_LAYERS:
+            raise ValueError(f"more than {_MOST_LAYERS} layers are listed")
     return tuple(numbers)
 
 
-def _split(given: Any) -> Any:
-    """Read ``"a, b"`` as the words that it lists."""
-    return tuple(word.strip() for word in given.split(",")) if isinstance(given, str) else given
+def _span(text: str) -> range:
+    """Read ``"16-25"`` or ``"28"``."""
+    found = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", text)
+    if not found:
+        raise ValueError(
+            f"{text[:40]!r} names no layers; write a range such as '16-25', or a list of numbers"
+        )
+    low, high = int(found[1]), int(found[2] or found[1])
+    if low > high:
+        raise ValueError(f"the range {text!r} runs backwards; write the lower layer first")
+    if high > _LAST_LAYER:
+        raise ValueError(f"{text!r} goes beyond layer {_LAST_LAYER}, which no model has")
+    return range(low, high + 1)
 
 
-Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...] | None, BeforeValidator(_parse_layers)]
+def _listed(given: Any) -> Any:
+    """Read ``"a, b"`` as what it lists, and a single number as a list of one."""
+    if isinstance(given, str):
+        return tuple(word.strip() for word in given.split(","))
+    return (given,) if isinstance(given, int | float) and not isinstance(given, bool) else given
 
 
-Rules = Annotated[tuple[Rule, ...], BeforeValidator(_split), Field(min_length=1)]
-Truncations = Annotated[tuple[Truncation, ...], BeforeValidator(_split), Field(min_length=1)]
-Kinds = Annotated[tuple[str, ...] | None, BeforeValidator(_split)]
+ItemT = TypeVar("ItemT")
+
+
+def _once_each(items: tuple[ItemT, ...]) -> tuple[ItemT, ...]:
+    return tuple(dict.fromkeys(items))
+
+
+#: A list without repeats, which people may also write as words separated by commas.
+Listed = Annotated[
+    tuple[ItemT, ...],
+    Field(min_length=1, max_length=_MOST_LISTED),
+    BeforeValidator(_listed),
+    AfterValidator(_once_each),
+]
+Layers = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=_LAST_LAYER)], ...],
+    Field(min_length=1),
+    BeforeValidator(_parse_layers),
+    AfterValidator(_once_each),
+]
 
 EXAMPLE: dict[str, Any] = {
     "base_model_name": "smollm2-135m-instruct",
@@ -85,15 +122,16 @@ class LaserSpec(PublishableSpec):
         None,
         ge=1,
         le=100_000,
-        description=f"How many reductions to measure. Default: {DEFAULT_CANDIDATES}, or all of them for `backward` "
-        "and `exhaustive`.",
+        description="How many matrices to try: of each, `gradient` measures the one reduction that promises most, "
+        "`snr` and `backward` measure all that `rule` proposes. "
+        f"Default: {DEFAULT_CANDIDATES}, or all of them for `backward` and `exhaustive`.",
         examples=[30],
     )
     top_k_layers: int | None = Field(
         None,
         ge=1,
         le=100_000,
-        description="The original name of `candidates`: how many matrices to try (not a range of layers).",
+        description="The original name of `candidates`: how many matrices to try, not a range of layers.",
         examples=[15],
     )
     mode: Literal["perplexity"] = Field(
@@ -108,8 +146,8 @@ class LaserSpec(PublishableSpec):
     guards: tuple[Objective, ...] | None = Field(
         None,
         max_length=8,
-        description="Further objectives that must not get worse. Default: perplexity of the shipped `prose`, unless "
-        "that is the objective itself; an empty list for none.",
+        description="Further objectives that must not get worse. Default: perplexity, of `text` beside an `objective`, "
+        "else of the shipped `prose`, unless that is what decides; an empty list for none.",
         examples=[["accuracy:capitals"]],
     )
     text: str = Field(
@@ -117,7 +155,8 @@ class LaserSpec(PublishableSpec):
         min_length=1,
         max_length=4096,
         description="Text to measure perplexity on: `prose` (shipped, public domain), or the path of a .txt or .jsonl "
-        "file (with a `text` field) below an allowed root.",
+        "file (with a `text` field) below an allowed root. It decides; beside an `objective`, it is what the default "
+        "guard measures.",
         examples=["prose"],
     )
     seqlen: int = Field(
@@ -131,33 +170,31 @@ class LaserSpec(PublishableSpec):
         "as many again report it. Default: up to 128, as the text allows.",
         examples=[64],
     )
-    layers: Layers = Field(
+    layers: Layers | None = Field(
         None,
-        min_length=1,
         description="Layers to consider, counted from 0, as a list or as ranges ('16-25,28'). Default: all.",
         examples=[[16, 17, 18]],
     )
-    kinds: Kinds = Field(
+    kinds: Listed[str] | None = Field(
         None,
-        min_length=1,
         description="Kinds of matrices to consider: the last module name of a weight. Default: all.",
         examples=[["k_proj", "v_proj"]],
     )
-    rule: Rules = Field(
-        DEFAULT_RULES,
+    rule: Listed[Rule] | None = Field(
+        None,
         description="How ranks are chosen; of several rules, each gives a candidate for every matrix. `laserrmt` is "
         "the original's; `marchenko_pastur`, `gavish_donoho` and `screenot` are thresholds of random matrix theory; "
-        "`optimal_shrinkage` also shrinks what it keeps; `fraction` and `energy` keep the shares in `keep`.",
+        "`optimal_shrinkage` also shrinks what it keeps; `fraction` and `energy` keep the shares in `keep`. "
+        f"Default: {', '.join(f'`{rule}`' for rule in DEFAULT_RULES)}; where `selection` is `snr` or `backward`, which "
+        f"measure all that the rules propose, `{ORIGINAL_RULES[0]}` alone.",
         examples=[["laserrmt", "marchenko_pastur"]],
     )
-    keep: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = Field(
+    keep: Listed[Annotated[float, Field(gt=0, lt=1)]] | None = Field(
         None,
-        min_length=1,
-        max_length=32,
         description="For `fraction`: shares of the full rank; for `energy`: shares of the squared Frobenius norm.",
         examples=[[0.8, 0.4, 0.1]],
     )
-    truncation: Truncations | None = Field(
+    truncation: Listed[Truncation] | None = Field(
         None,
         description="Which components are dropped: those that matter least for the layer's output on real inputs "
         "(`activation_aware`), or those of the smallest singular values (`weight`); of both, each is a candidate. "
@@ -166,9 +203,9 @@ class LaserSpec(PublishableSpec):
     )
     selection: Selection = Field(
         "gradient",
-        description="Which reductions are measured: those that one gradient pass predicts to help most (`gradient`), "
-        "those of the noisiest matrices (`snr`), all from the last layer to the first (`backward`), or all of them, "
-        "the best first (`exhaustive`).",
+        description="Which reductions are measured: those that one gradient pass predicts to help most, of each matrix "
+        "one at most (`gradient`), those of the noisiest matrices (`snr`), those from the last layer to the first "
+        "(`backward`), or all of them, the best first (`exhaustive`).",
         examples=["gradient"],
     )
     output: Output = Field(
@@ -211,17 +248,37 @@ class LaserSpec(PublishableSpec):
             raise ValueError(
                 "`exhaustive` measures everything: leave `candidates` out, or select by `gradient`"
             )
-        if self.keep is not None and not {"fraction", "energy"} & set(self.rule):
+        if self.keep is not None and not {"fraction", "energy"} & set(self.rules):
             raise ValueError("`keep` belongs to the rules `fraction` and `energy`; add one of them to `rule`")
-        if "optimal_shrinkage" in self.rule and self.truncation and "weight" not in self.truncation:
+        if "optimal_shrinkage" in self.rules and self.truncation and "weight" not in self.truncation:
             raise ValueError(
                 "`optimal_shrinkage` shrinks the matrix's own singular values: add 'weight' to `truncation`"
             )
         return self
 
+    @model_validator(mode="after")
+    def _judge_by_each_once(self) -> LaserSpec:
+        known = [self.decisive]
+        for number, guard in enumerate(self.guards or ()):
+            if guard in known:
+                what = "what decides" if guard == self.decisive else "one of the guards"
+                raise InvalidSpec(
+                    f"'{guard}' is {what} already.",
+                    field=f"guards[{number}]",
+                    value=str(guard),
+                    hint="Leave it out.",
+                )
+            known.append(guard)
+        return self
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """How ranks are chosen."""
+        return self.rule or (ORIGINAL_RULES if self.selection in ("snr", "backward") else DEFAULT_RULES)
+
     @property
     def num_candidates(self) -> int | None:
-        """How many reductions to measure; None stands for all of them."""
+        """How many matrices to try; None stands for all of them."""
         if self.selection == "exhaustive":
             return None
         given = self.candidates or self.top_k_layers
@@ -241,11 +298,11 @@ class LaserSpec(PublishableSpec):
     @property
     def guarding(self) -> tuple[Objective, ...]:
         """What must not get worse: what makes one text more probable makes others less so."""
-        general = Objective(metric="perplexity", data="prose")
+        general = Objective(metric="perplexity", data=self.text if self.objective else "prose")
         return ((general,) if self.decisive != general else ()) if self.guards is None else self.guards
 
     @property
     def decisions(self) -> tuple[tuple[Rule, float | None], ...]:
         """The rules, each with every share that it shall keep (None for rules that find the rank themselves)."""
         shares = {"fraction": self.keep or DEFAULT_FRACTIONS, "energy": self.keep or DEFAULT_ENERGIES}
-        return tuple((rule, share) for rule in self.rule for share in shares.get(rule, (None,)))
+        return tuple((rule, share) for rule in self.rules for share in shares.get(rule, (None,)))

@@ -33,7 +33,16 @@ class AcceptedReduction(_Part):
     )
     shrink: bool = Field(False, description="Whether the kept values were shrunk, too.")
     rule: str = Field(description="What proposed the rank, such as `laserrmt` or `fraction 0.1`.")
-    energy: float | None = Field(None, description="Share of the squared norm in the components kept.")
+    energy: float | None = Field(
+        None,
+        description="Share that the components kept have, before any shrinking: by `weight` of the squared Frobenius "
+        "norm; by `activation_aware` of the energy of the layer's output on the calibration data.",
+    )
+    group: int | None = Field(
+        None,
+        description="Number of the group with which it was accepted, because they help together; None when it helped "
+        "on its own. Change, standard error and z are those of the whole group.",
+    )
     delta: float = Field(
         description="Change of the mean loss per item when it was accepted; negative is better."
     )

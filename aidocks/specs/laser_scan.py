@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.specs.base import ModelRef, OperationResult, Spec
-from aidocks.specs.laser import Kinds, Layers
+from aidocks.specs.laser import Layers, Listed
 
 #: What a list is ordered by: the corrected signal-to-noise ratio, or the original one over the spectral norm.
 Score = Literal["noise_ratio", "original"]
 
-Share = Annotated[float, Field(gt=0, le=1)]
-
-
-def _words(given: Any) -> Any:
-    """Read ``0.5`` or ``"0.25, 0.5"`` as the numbers that it lists."""
-    if isinstance(given, str):
-        return tuple(part.strip() for part in given.split(","))
-    return (given,) if isinstance(given, int | float) and not isinstance(given, bool) else given
-
-
-Shares = Annotated[tuple[Share, ...], BeforeValidator(_words), Field(max_length=16)]
+Shares = Listed[Annotated[float, Field(gt=0, le=1)]]
 
 EXAMPLE: dict[str, Any] = {"model": "smollm2-135m-instruct", "top_fractions": [0.25]}
 
@@ -41,16 +31,14 @@ class LaserScanSpec(Spec):
         "root, in safetensors format.",
         examples=["smollm2-135m-instruct"],
     )
-    layers: Layers = Field(
+    layers: Layers | None = Field(
         None,
-        min_length=1,
         description="Layers to scan, counted from 0, as a list or as ranges ('16-25,28'). Default: all, and what "
         "belongs to no layer (embeddings, output layer).",
         examples=[[16, 17, 18]],
     )
-    kinds: Kinds = Field(
+    kinds: Listed[str] | None = Field(
         None,
-        min_length=1,
         description="Kinds of matrices to scan: the last module name of a weight. Default: all.",
         examples=[["k_proj", "v_proj"]],
     )
@@ -76,11 +64,6 @@ class LaserScanSpec(Spec):
         examples=[1000],
     )
 
-    @field_validator("keep", "top_fractions")
-    @classmethod
-    def _once_each(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(dict.fromkeys(shares))
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -104,6 +87,8 @@ class ScannedMatrix(_Part):
     kind: str
     shape: tuple[int, int]
     sigma: float = Field(description="Standard deviation of the noise entries, by the fitted bulk.")
+    outliers: int = Field(description="Singular values that this fit leaves out, for being above `edge`.")
+    edge: float = Field(description="The largest singular value of that noise.")
     rules: tuple[RuleOutcome, ...] = Field(description="What each rule would keep.")
     noise_ratio: float | None = Field(
         description="Sum of the singular values above the edge of the noise over that of the others. Free of scale, "
@@ -116,6 +101,11 @@ class ScannedMatrix(_Part):
     )
     frobenius: float = Field(description="Frobenius norm.")
     spectral_norm: float = Field(description="Largest singular value.")
+    singular_values: tuple[float, ...] = Field(
+        (),
+        description="At most 64 of them, descending, evenly spaced in order. In the file `scan.json`; an answer leaves "
+        "them out. All of them are in `spectra.safetensors`.",
+    )
     tied: tuple[str, ...] = Field((), description="Other tensors that are stored with the same bytes.")
 
 
@@ -135,7 +125,7 @@ class LaserScanResult(OperationResult):
     path: str | None = Field(
         None,
         description="Directory of the files of this scan on the service's file system: `scan.json`, `layers.json`, "
-        "`snr_results.json` (Spectrum's format), the lists, the pictures.",
+        "`snr_results.json` (Spectrum's format), `spectra.safetensors`, the lists, the pictures.",
     )
     content_hash: str = Field(description="Stands for the bytes of the weights and for the request.")
     matrices_scanned: int = Field(description="Matrices whose spectrum was computed.")

@@ -2,13 +2,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidocks.evaluate.measurements import Decision, Pairs, decide, finite_losses, judge
+from aidocks.evaluate.measurements import (
+    Decision,
+    Pairs,
+    decide,
+    finite_losses,
+    judge,
+    normal_equivalent,
+)
 from aidocks.evaluate.perplexity import Comparison
 
 LOOKS = (16, 32, 64, 128)
@@ -70,7 +78,7 @@ def test_nothing_is_hardly_ever_taken_for_something(draw: Draw) -> None:
 
 
 def test_a_strong_effect_is_accepted_early_and_a_weak_one_nearly_as_often_as_by_the_whole() -> None:
-    accepted, items = simulate(drifting(10), 3, 500)
+    accepted, items = simulate(drifting(12), 3, 500)
     assert accepted > 0.99
     assert items < 64
     accepted, _ = simulate(drifting(6), 3, 2000)
@@ -97,10 +105,11 @@ def test_what_is_accepted_is_beyond_the_threshold_and_the_end_decides(
     decision = judge(change, items, 128, threshold)
     if decision == "accept":
         assert change.improved(threshold)
+    improved = z is not None and normal_equivalent(z, items) <= -threshold
     if items == 128:
-        assert decision == ("accept" if change.improved(threshold) else "futile")
+        assert decision == ("accept" if improved else "futile")
     if decision == "futile":
-        assert not change.improved(threshold)
+        assert not improved
 
 
 def test_what_is_not_finite_is_futile_at_once() -> None:
@@ -143,3 +152,69 @@ def test_errors_are_those_of_the_differences() -> None:
     assert change.z is not None
     assert change.z < -10
     assert Pairs.model_validate_json(pairs([1.0], [math.nan]).model_dump_json()).after == (None,)
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "tail"),
+    [
+        # Critical values of printed tables, to four digits.
+        (6.314, 1, 0.05), (31.82, 1, 0.01), (318.3, 1, 0.001), (2.132, 4, 0.05), (8.610, 4, 0.0005),
+        (1.895, 7, 0.05), (2.998, 7, 0.01), (4.785, 7, 0.001), (1.316, 25, 0.1), (2.787, 25, 0.005),
+        (3.160, 120, 0.001), (1.658, 120, 0.05), (0.683, 28, 0.25),
+    ],
+)  # fmt: skip
+def test_few_items_are_judged_by_students_distribution(t: float, freedom: int, tail: float) -> None:
+    expected = -NormalDist().inv_cdf(tail)
+    assert normal_equivalent(t, freedom + 1) == pytest.approx(expected, abs=6e-4)
+    assert normal_equivalent(-t, freedom + 1) == -normal_equivalent(t, freedom + 1)
+
+
+@given(t=st.floats(0, 1e9), items=st.integers(2, 2000))
+def test_fewer_items_prove_less_and_larger_differences_more(t: float, items: int) -> None:
+    z = normal_equivalent(t, items)
+    assert -1e-12 <= z <= t * (1 + 1e-9) + 1e-12
+    assert z <= normal_equivalent(t, 2 * items) * (1 + 1e-5) + 1e-12
+    assert z <= normal_equivalent(1.1 * t, items) * (1 + 1e-5) + 1e-12
+
+
+def test_exact_values_in_between_and_far_out() -> None:
+    for t in (0.1, 1.0, 5.0, 1e4):  # two degrees of freedom have a closed form: (1 - t / √(2 + t²)) / 2
+        root = math.sqrt(2 + t * t)
+        assert NormalDist().cdf(-normal_equivalent(t, 3)) == pytest.approx(1 / (root * (root + t)))
+    assert normal_equivalent(2.0, 10**6) == pytest.approx(2.0, abs=1e-5)
+    assert normal_equivalent(1e9, 1) == 0  # one item alone has no error
+    assert normal_equivalent(40.0, 10**6) == pytest.approx(40, abs=0.02)  # a tail below what a float holds
+    below, above = normal_equivalent(37.1, 10**6), normal_equivalent(37.6, 10**6)
+    assert 0.4 < above - below < 0.6
+
+
+@pytest.mark.parametrize("z_threshold", [1.5, 2.0, 3.0])
+def test_the_level_holds_for_eight_items(z_threshold: float) -> None:
+    times = 30_000
+    drawn = np.random.default_rng(1).standard_normal((times, 8))
+    t = drawn.mean(1) / (drawn.std(1, ddof=1) / math.sqrt(8))
+    level = NormalDist().cdf(-z_threshold)
+    accepted = sum(
+        judge(Comparison(delta=z, standard_error=1.0, z=z), 8, 8, z_threshold) == "accept" for z in t.tolist()
+    )
+    assert accepted / times == pytest.approx(level, abs=4 * math.sqrt(level / times))
+    assert (t <= -z_threshold).mean() > 1.2 * level  # what a plain z would accept
+
+
+def test_pairs_judge_themselves_by_their_number() -> None:
+    generator = np.random.default_rng(3)
+    noise = generator.normal(0, 1, 8)
+    drop = noise - noise.mean() - 3.2 * noise.std(ddof=1) / math.sqrt(8)
+    better, worse = pairs([5.0] * 8, (5 + drop).tolist()), pairs((5 + drop).tolist(), [5.0] * 8)
+    assert better.comparison.z == pytest.approx(-3.2)
+    assert better.comparison.improved(3)
+    assert better.improved(2.4)
+    assert not better.improved(3)
+    assert worse.worsened(2.4)
+    assert not worse.worsened(3)
+    assert not worse.improved(0.1)
+    unchanged = pairs([1.0] * 8, [1.0] * 8)
+    assert not unchanged.improved(0.1)
+    assert not unchanged.worsened(0.1)
+    assert pairs([1.0] * 8, [math.nan] * 8).worsened(3)
+    assert not pairs([1.0] * 8, [math.nan] * 8).improved(0.1)

@@ -15,6 +15,7 @@ from aidocks.evaluate.objectives import (
     ObjectiveSource,
     chunks_of_part,
     deal,
+    pieces_of,
     resolve_objective,
     size_objective,
 )
@@ -136,32 +137,81 @@ def test_a_model_whose_tokenizer_only_loading_would_tell_is_sized_with_care(tmp_
 
 
 @given(
-    available=st.integers(80, 400),
-    boundary=st.one_of(st.none(), st.integers(35, 45)),
+    counts=st.one_of(
+        st.lists(st.integers(80, 400), min_size=1, max_size=1),
+        st.lists(st.integers(20, 60), min_size=4, max_size=4),  # each part has enough of its own
+        st.lists(st.integers(19, 22), min_size=4, max_size=4).map(lambda c: [0, c[0] + c[1], c[2], c[3]]),
+        st.lists(st.integers(18, 60), min_size=4, max_size=4),
+    ),
     seed=st.integers(0, 5),
     calibration=st.integers(1, 15),
     search=st.integers(8, 20),
     told=st.integers(1, 17),
 )
 def test_parts_of_a_text_are_disjoint(
-    available: int, boundary: int | None, seed: int, calibration: int, search: int, told: int
+    counts: list[int], seed: int, calibration: int, search: int, told: int
 ) -> None:
     sizes = {"calibration": calibration, "search": search, "held_out": told, "report": told}
     source = ObjectiveSource(metric="perplexity", text=TextSource(name="prose"), seed=seed, sizes=sizes)
-    parts = {part: chunks_of_part(source, part, available, boundary) for part in PARTS}
+    parts = {part: chunks_of_part(source, part, counts) for part in PARTS}
     assert {part: len(positions) for part, positions in parts.items()} == sizes
     assert len({position for positions in parts.values() for position in positions}) == sum(sizes.values())
-    if boundary is not None:
-        assert all(
-            (p < boundary) == (part in ("calibration", "search")) for part in PARTS for p in parts[part]
-        )
+    if len(counts) == 4:
+        boundary = counts[0] + counts[1]
+        assert all((p < boundary) == (part in PARTS[:2]) for part in PARTS for p in parts[part])
+        pieces = [range(sum(counts[:place]), sum(counts[: place + 1])) for place in range(4)]
+        for half in (slice(0, 2), slice(2, 4)):
+            if all(sizes[part] <= count for part, count in zip(PARTS[half], counts[half], strict=True)):
+                own = zip(PARTS[half], pieces[half], strict=True)
+                assert all(set(parts[part]) <= set(piece) for part, piece in own)
     larger = source.model_copy(update={"sizes": sizes | {"search": search - 1}})
-    assert chunks_of_part(larger, "search", available, boundary) == parts["search"][:-1]
+    if len(counts) == 1 or (counts[0] >= calibration and counts[1] >= search):
+        assert chunks_of_part(larger, "search", counts) == parts["search"][:-1]
 
 
 def test_a_text_that_shrank_is_refused() -> None:
     sizes = {"calibration": 8, "search": 8, "held_out": 8, "report": 8}
     source = ObjectiveSource(metric="perplexity", text=TextSource(name="prose"), sizes=sizes)
-    assert len(chunks_of_part(source, "report", 32)) == 8
+    assert len(chunks_of_part(source, "report", [32])) == 8
+    assert len(chunks_of_part(source, "report", [0, 16, 3, 13])) == 8
     with pytest.raises(InvalidSpec, match="15 whole chunks"):
-        chunks_of_part(source, "report", 31)
+        chunks_of_part(source, "report", [31])
+    with pytest.raises(InvalidSpec, match="15 whole chunks"):
+        chunks_of_part(source, "report", [8, 8, 7, 8])
+
+
+def clauses(count: int, repeat: int = 1) -> TextSource:
+    records = (f"Clause {i}: the licensor grants {i} rights to everybody who asks. " for i in range(count))
+    return TextSource(name="clauses", records=tuple(record * repeat for record in records))
+
+
+def test_a_text_of_many_records_is_dealt_by_records(stories260k: Path) -> None:
+    source = ObjectiveSource(metric="perplexity", text=clauses(4000), seq_length=32)
+    sized = size_objective(source, stories260k)
+    assert sized.sizes == {"calibration": 96, "search": 128, "held_out": 128, "report": 128}
+    said = [set(piece.split("\n\n")) for piece in pieces_of(source)]
+    assert len(said) == 4
+    assert sum(map(len, said)) == len(set.union(*said)) == 4000
+    for chunks in (100, 200):
+        exact = size_objective(source, stories260k, chunks=chunks)
+        assert exact.sizes == sized.sizes | {"search": chunks} | (
+            {"held_out": 100, "report": 100} if chunks == 100 else {}
+        )
+    # Only as much is read as is needed, and that is what was counted.
+    long = source.model_copy(update={"text": clauses(4000, repeat=30)})
+    read = pieces_of(size_objective(long, stories260k))
+    whole = pieces_of(long)
+    assert all(piece.startswith(beginning) for piece, beginning in zip(whole, read, strict=True))
+    assert sum(map(len, read)) < sum(map(len, whole)) / 4
+
+
+def test_of_few_records_the_chunks_are_dealt(stories260k: Path) -> None:
+    source = ObjectiveSource(metric="perplexity", text=clauses(4, repeat=120), seq_length=32)
+    sizes = size_objective(source, stories260k).sizes
+    assert min(sizes.values()) >= 8
+    # More than the records of the search hold, but not more than its half.
+    many = ObjectiveSource(metric="perplexity", text=clauses(200), seq_length=32)
+    known = size_objective(many, stories260k).sizes
+    more = size_objective(many, stories260k, chunks=known["search"] + 5).sizes
+    assert more["search"] == known["search"] + 5
+    assert more["calibration"] < known["calibration"]

@@ -88,6 +88,7 @@ GOOD = {"query": "One", "choices": ["a", "b"], "gold": 0}
         ({"query": "One", "choices": ["a", ""], "gold": 0}, "`choices`"),
         ({"query": "One", "choices": ["a", "b"], "gold": 2}, "`gold`"),
         ({"query": "One", "choices": ["a", "b"], "gold": True}, "`gold`"),
+        ({"query": "One", "choices": ["a", "b", " b"], "gold": 1}, "the right answer 'b' is there twice"),
         ({"query": "  ", "choices": ["a", "b"], "gold": 0}, "`query`"),
         ({"choices": ["a", "b"], "gold": 0}, "'question' is missing"),
         ({"prompt": "Of another form", "attribute": "x"}, "'choices' is missing"),
@@ -111,12 +112,56 @@ def test_a_record_that_cannot_be_read_names_its_line(tmp_path: Path, line: Any, 
         {"prompt": ["Hello?"], "chosen": "a", "rejected": "b"},
         {"prompt": SAID, "chosen": [{"role": "assistant"}], "rejected": "b"},
         {"prompt": "Hi", "chosen": None, "rejected": "b"},
-        {"prompt": "Hello?", "chosen": SAID, "rejected": SAID},
+        {"question": "Who?", "best_answer": "I", "incorrect": ["you", "I"]},
+        {"prompt": "Rome is in", "target_true": "Italy", "target_new": " Italy"},
     ],
 )
 def test_other_forms_are_refused(tmp_path: Path, record: dict[str, Any]) -> None:
     with pytest.raises(InvalidSpec, match="Line 1 of"):
         read(tmp_path, record)
+
+
+def test_equal_wrong_answers_do_no_harm(tmp_path: Path) -> None:
+    record = {"query": "More is", "choices": ["less", "not less", "less"], "gold": 1}
+    assert len(read(tmp_path, record).records) == 1
+
+
+def test_a_set_that_changed_after_it_was_resolved_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(GOOD))
+    source = resolve_set(str(file), [tmp_path], field="objective")
+    changed = source.model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(InvalidSpec, match=r"mine\.jsonl has changed since the job was submitted") as caught:
+        read_set(changed)
+    assert caught.value.field is None
+    # Read a moment ago and still known by its hash: what it was is what it is.
+    file.write_text(json.dumps(GOOD | {"gold": 1}))
+    assert read_set(source).records == (Question("One", ("a", "b"), 0),)
+    unhashed = TextSource(name="mine.jsonl", path=file)
+    assert read_set(unhashed).records == (Question("One", ("a", "b"), 1),)
+    file.write_text(json.dumps(GOOD))
+    assert read_set(unhashed).records == (Question("One", ("a", "b"), 0),)
+
+
+def test_a_set_is_parsed_once_where_several_ask_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "once.jsonl"
+    file.write_text(json.dumps(GOOD | {"query": "Of this test alone"}))
+    parsed: list[str] = []
+    loads = json.loads
+    monkeypatch.setattr("json.loads", lambda text: parsed.append(text) or loads(text))
+    source = resolve_set(str(file), [tmp_path], field="objective")
+    assert read_set(source) == read_set(source, field="guards[0]")
+    assert len(parsed) == 1
+
+
+def test_a_set_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    file = tmp_path / "large.jsonl"
+    with file.open("wb") as sparse:
+        sparse.truncate((64 << 20) + 1)
+    with pytest.raises(InvalidSpec, match="larger than 64 MiB"):
+        resolve_set(str(file), [tmp_path], field="objective")
 
 
 def test_lines_end_where_they_end(tmp_path: Path) -> None:
@@ -169,8 +214,8 @@ def test_missing_empty_and_forbidden_files_are_refused(tmp_path: Path) -> None:
         ("mmlu_sample", 781),
         ("commonsense_qa", 700),
         ("hellaswag", None),
+        ("arc_challenge", 794),
         ("pref_dpo_en", 221),
-        ("pref_polite_rasbt", 841),
     ],
 )
 def test_common_sets_are_read(shared_data: Path, name: str, count: int | None) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from aidocks.errors import InvalidSpec
 from aidocks.evaluate.causal_lm import CausalLM, load
-from aidocks.evaluate.objectives import ObjectiveSource, resolve_objective, size_objective
+from aidocks.evaluate.objectives import PARTS, ObjectiveSource, resolve_objective, size_objective
 from aidocks.evaluate.questions import Message, Preference, Question
 from aidocks.evaluate.scoring import Batch, Task, context_length, load_task, plain_forward
+from aidocks.evaluate.texts import TextSource
 from aidocks.evaluate.tokens import Encoded, EncodedSpan, answer_tokens, beginning, encode, preference_tokens
 from aidocks.specs.objective import Objective
 
@@ -258,8 +260,52 @@ def test_chunks_longer_than_the_context_are_refused(model: CausalLM, stories260k
         load_task(long, "search", model.tokenizer, longest=context)
 
 
+def test_parts_of_a_text_of_many_records_share_none(model: CausalLM, stories260k: Path) -> None:
+    records = tuple(f"{i} {i} {i} apples and {i} pears were in the basket of number {i}." for i in range(900))
+    text = TextSource(name="apples", records=records)
+    source = size_objective(
+        ObjectiveSource(metric="perplexity", text=text, seq_length=32), stories260k, chunks=100
+    )
+    seen: list[set[str]] = []
+    for part in PARTS:
+        task = load_task(source, part, model.tokenizer)
+        assert task.size == source.sizes[part]
+        read = [model.tokenizer.decode(row) for batch in task.batches for row in batch.ids_BT.tolist()]
+        seen.append({n for said in read for n in re.findall(r"basket of number (\d+)\.", said)})
+    assert min(map(len, seen)) > 20
+    assert sum(map(len, seen)) == len(set.union(*seen))
+
+
+def test_a_part_is_tokenised_once_for_a_tokenizer(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("An apple a day. " * 500)
+
+    class Counting(Letters):
+        calls = 0
+
+        def __call__(self, text: str, *rest: Any, **named: Any) -> dict[str, Any]:
+            self.calls += 1
+            return super().__call__(text, *rest, **named)
+
+    source = resolve_objective(
+        Objective(metric="perplexity", data=str(file)), [tmp_path], seq_length=16
+    ).model_copy(update={"sizes": dict.fromkeys(PARTS, 20)})
+    one, other = Counting(), Counting()
+    assert load_task(source, "search", one) is load_task(source, "search", one)
+    assert one.calls == 1
+    assert load_task(source, "search", other) is not load_task(source, "search", one)
+    assert other.calls == 1
+    load_task(source.model_copy(update={"seq_length": 8}), "search", one)
+    assert one.calls == 2
+    file.write_text("A pear a day. " * 500)
+    with pytest.raises(InvalidSpec, match="has changed since") as caught:
+        load_task(source, "report", one)
+    assert caught.value.field is None
+
+
 def test_a_set_that_changed_is_refused(model: CausalLM, stories260k: Path) -> None:
     source = source_of(stories260k, "accuracy", "capitals")
     other = source.model_copy(update={"sizes": source.sizes | {"search": 3}})
-    with pytest.raises(InvalidSpec, match="has changed"):
+    with pytest.raises(InvalidSpec, match="has changed") as caught:
         load_task(other, "search", model.tokenizer)
+    assert caught.value.field is None

@@ -15,6 +15,7 @@ from aidocks.evaluate.texts import (
     choose_chunks,
     count_chunks,
     divide,
+    divide_in_four,
     read_records,
     read_text,
     require_chunks,
@@ -34,6 +35,12 @@ def test_a_users_text_is_addressed_by_its_content(tmp_path: Path) -> None:
     file.write_text("One sentence.")
     first = resolve_text(str(file), [tmp_path])
     file.write_text("Another sentence.")
+    with pytest.raises(InvalidSpec, match=r"mine\.txt has changed since the job was submitted") as caught:
+        read_text(first, field="experts[0].dataset")
+    assert caught.value.field == "experts[0].dataset"
+    with pytest.raises(InvalidSpec, match="has changed") as caught:
+        divide(first)
+    assert caught.value.field is None
     second = resolve_text(str(file), [tmp_path])
     assert read_text(second) == "Another sentence."
     assert first.sha256 != second.sha256
@@ -52,6 +59,22 @@ def test_a_record_without_text_names_its_line(tmp_path: Path, line: str) -> None
     with pytest.raises(InvalidSpec, match=r"Line 2 of mine\.jsonl") as caught:
         resolve_text(str(file), [tmp_path])
     assert caught.value.field == "text"
+
+
+def test_lines_end_as_anywhere(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_bytes(b"One\r\ntwo\rthree\n")
+    assert read_text(resolve_text(str(file), [tmp_path])) == "One\ntwo\nthree\n"
+
+
+def test_a_bare_file_name_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("One sentence.")
+    assert resolve_text("mine.txt", [tmp_path]) == resolve_text("./mine.txt", [tmp_path])
+    with pytest.raises(InvalidSpec, match="does not exist"):
+        resolve_text("other.jsonl", [tmp_path])
+    with pytest.raises(PathNotAllowed):
+        resolve_text("mine.txt", [tmp_path / "elsewhere"])
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
@@ -150,6 +173,32 @@ def test_no_record_is_on_both_sides(lines: list[int], data: st.DataObject) -> No
 def test_what_cannot_be_dealt_stays_whole(records: tuple[str, ...]) -> None:
     assert divide(TextSource(name="x", records=records)) == ("\n\n".join(records),)
     assert len(divide(TextSource(name="prose"))) == 1
+
+
+@given(lines=st.lists(st.integers(0, 60), min_size=40, max_size=120))
+def test_the_halves_are_divided_by_records_again(lines: list[int]) -> None:
+    shares = (0.4, 0.5)
+    records = tuple(f"Record {number} is a line of its own." for number in lines)
+    source = TextSource(name="x", records=records)
+    halves, parts = divide(source), divide_in_four(source, shares)
+    if len(halves) == 1:
+        assert parts == halves
+        return
+    said = [part.split("\n\n") if part else [] for part in parts]
+    assert sum(len(set(part)) for part in said) == len(set(records))
+    for half, first, second, share in zip(halves, said[::2], said[1::2], shares, strict=True):
+        assert sorted(first + second) == sorted(half.split("\n\n"))
+        if first:
+            assert abs(len("".join(first)) / len("".join(first + second)) - share) < 0.16
+    assert divide_in_four(source, shares) == parts
+
+
+def test_a_half_of_few_records_is_not_divided() -> None:
+    records = ("x " * 500, "y " * 500)
+    first, second, third, fourth = divide_in_four(TextSource(name="x", records=records), (0.4, 0.5))
+    assert (first, third) == ("", "")
+    assert sorted((second, fourth)) == sorted(records)
+    assert len(divide_in_four(TextSource(name="prose"), (0.4, 0.5))) == 1
 
 
 @given(search=st.integers(0, 60), held_out=st.integers(0, 60), seed=st.integers(0, 9))

@@ -12,17 +12,22 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from aidocks.checkpoints.files import OutputFile
+from aidocks.checkpoints.reader import Checkpoint
 from aidocks.evaluate.objectives import ObjectiveSource
 from aidocks.evaluate.scoring import Batch, load_task
 from aidocks.evaluate.texts import TextSource
 from aidocks.laser.calibration import (
     CollectCovariances,
     add_outer,
+    calibration_groups,
     collect_moments,
     linear_layers,
     load_covariance,
-    mirrored,
+    locate_all,
+    mirror,
+    moments_bytes,
 )
+from aidocks.laser.matrices import Matrix, find_matrices
 from aidocks.plan import UnitContext
 
 TEXT = ObjectiveSource(
@@ -55,12 +60,12 @@ def model(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def collect(model: Path, directory: Path, objective: ObjectiveSource, shards: int = 1) -> list[OutputFile]:
+def collect(model: Path, directory: Path, *objectives: ObjectiveSource, shards: int = 1) -> list[OutputFile]:
     context = UnitContext(directory)
     units = [
         CollectCovariances(
             checkpoint=model,
-            objective=objective,
+            objectives=objectives,
             matrices=ADDRESSES,
             directory=directory,
             shard=shard,
@@ -135,6 +140,108 @@ def test_shares_add_up_to_the_whole_and_every_run_gives_the_same_bytes(model: Pa
     )
 
 
+def test_several_objectives_are_one_sum_in_which_each_counts_by_its_tokens(
+    model: Path, tmp_path: Path
+) -> None:
+    both = collect(model, tmp_path / "both", TEXT, QUESTIONS, shards=2)
+    assert len(both) == 2
+    apart = [
+        file
+        for number, objective in enumerate((TEXT, QUESTIONS))
+        for file in collect(model, tmp_path / str(number), objective, shards=2)
+    ]
+    for address in ADDRESSES:
+        torch.testing.assert_close(
+            load_covariance(both, address), load_covariance(apart, address), rtol=1e-5, atol=1e-7
+        )
+
+
+def test_groups_of_matrices_together_are_the_whole(model: Path, tmp_path: Path) -> None:
+    matrices = find_matrices(Checkpoint(model).entries)
+    widths = {m.address: m.shape[1] for m in matrices}
+    layer = 3 * 4 * widths[ADDRESSES[0]] ** 2 + 4 * widths[ADDRESSES[6]] ** 2
+    assert moments_bytes(matrices) == 2 * layer
+    (whole,) = collect(model, tmp_path / "whole", TEXT)
+    assert 0 <= whole.bytes - 2 * layer < 4096
+    groups = calibration_groups(matrices, layer)
+    assert [set(group) for group in groups] == [set(ADDRESSES[:7]), set(ADDRESSES[7:])]
+    context = UnitContext(tmp_path)
+    units = [
+        CollectCovariances(checkpoint=model, objectives=(TEXT,), matrices=group, directory=tmp_path)
+        for group in groups
+    ]
+    assert len({unit.label for unit in units}) == 2
+    parts = [file for unit in units for file in unit.run(context).files]
+    for address in ADDRESSES:
+        assert torch.equal(load_covariance(parts, address), load_covariance([whole], address))
+
+
+def matrix(name: str, inputs: int, expert: int | None = None, layer: int | None = 0) -> Matrix:
+    return Matrix(name=name, layer=layer, kind="k", shape=(8, inputs), dtype="BF16", expert=expert)
+
+
+def test_matrices_are_grouped_by_what_their_inputs_take() -> None:
+    def layer(number: int) -> list[Matrix]:
+        names = {"self_attn.q_proj": 4, "self_attn.k_proj": 4, "self_attn.v_proj": 4, "self_attn.o_proj": 4,
+                 "mlp.gate_proj": 4, "mlp.up_proj": 4, "mlp.down_proj": 6}  # fmt: skip
+        return [matrix(f"layers.{number}.{n}.weight", width, layer=number) for n, width in names.items()]
+
+    one = 4 * (3 * 4 * 4 + 6 * 6)
+    matrices = [*layer(2), *layer(0), *layer(1), matrix("lm_head.weight", 5, layer=None)]
+    assert moments_bytes(matrices) == 3 * one + 4 * 5 * 5
+    assert calibration_groups([]) == ()
+    assert len(calibration_groups(matrices)) == 1
+    assert [{m.split(".")[1] for m in g} for g in calibration_groups(matrices, 2 * one)] == [
+        {"0", "1"},
+        {"2", "weight"},
+    ]
+    # Too large together: the readers of one input still are.
+    for limit in (1, 4 * 4 * 4, 4 * 6 * 6 - 1):
+        groups = calibration_groups(layer(0), limit)
+        assert sorted(sum(groups, ())) == sorted(m.address for m in layer(0))
+        assert all(len(group) == 1 or _bytes(layer(0), group) <= limit or _same(group) for group in groups)
+        attention = next(group for group in groups if "layers.0.self_attn.q_proj.weight" in group)
+        assert {"layers.0.self_attn.k_proj.weight", "layers.0.self_attn.v_proj.weight"} <= set(attention)
+
+
+def _bytes(matrices: Sequence[Matrix], group: Sequence[str]) -> int:
+    return moments_bytes(m for m in matrices if m.address in group)
+
+
+def _same(group: Sequence[str]) -> bool:
+    return _bytes([matrix(address, 1) for address in group], group) == 4
+
+
+def test_experts_are_apart_and_slices_left_out() -> None:
+    dense = [matrix("layers.0.o_proj.weight", 4), matrix("layers.1.o_proj.weight", 4, layer=1)]
+    experts = [matrix(f"layers.0.mlp.experts.{number}.w1.weight", 400) for number in range(3)]
+    fused = [matrix("layers.0.mlp.experts.up", 400, number) for number in range(3)]
+    assert moments_bytes([*dense, *experts, *fused]) == moments_bytes(dense)
+    whole, *others = calibration_groups([*dense, *experts, *fused], 4 * 400**2)
+    assert set(whole) == {m.address for m in dense}
+    assert others == [(m.address,) for m in experts]
+
+
+def test_the_parameters_of_a_network_are_looked_up_once(model: Path) -> None:
+    from aidocks.evaluate.causal_lm import load
+
+    network = load(model, None, "cpu").network
+    calls = []
+
+    class Counted(type(network)):  # type: ignore[misc]
+        def named_parameters(self, *args: Any, **fields: Any) -> Any:
+            if fields.get("recurse", True):
+                calls.append(1)
+            return super().named_parameters(*args, **fields)
+
+    network.__class__ = Counted
+    assert list(linear_layers(network, ADDRESSES)) == list(ADDRESSES)
+    assert len(calls) == 1
+    assert all(
+        slot.parameter is network.get_parameter(a) for a, slot in locate_all(network, ADDRESSES).items()
+    )
+
+
 def test_only_linear_layers_have_inputs_here(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     batches = load_task(TEXT, "calibration", tokenizer).batches
@@ -176,4 +283,6 @@ def test_the_blocks_make_up_the_outer_product(width: int, tokens: int, seed: int
     total = torch.zeros(width, width)
     add_outer(total, x)
     add_outer(total, 2 * x)
-    torch.testing.assert_close(mirrored(total), 5 * x.mT @ x)
+    mirror(total)
+    torch.testing.assert_close(total, 5 * x.mT @ x)
+    assert torch.equal(total, total.mT)

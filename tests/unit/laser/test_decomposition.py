@@ -45,7 +45,7 @@ def covariances(
     directory = tmp_path_factory.mktemp("covariances")
     collect = CollectCovariances(
         checkpoint=model,
-        objective=TEXT,
+        objectives=(TEXT,),
         matrices=tuple(matrix.address for matrix in matrices.values()),
         directory=directory,
     )
@@ -121,3 +121,21 @@ def test_weights_that_are_not_finite_are_named(
     with pytest.raises(CorruptCheckpoint, match="k_proj"):
         decompose(broken, matrices["k_proj"], "weight", tmp_path).run(UnitContext(tmp_path))
     assert not list(tmp_path.glob("basis-*"))
+
+
+def test_the_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
+    weight = torch.randn(300, 400, generator=torch.Generator().manual_seed(0))
+    save_file({"layers.0.up.weight": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (matrix,) = find_matrices(Checkpoint(tmp_path).entries)
+    before = torch.get_num_threads()
+    made = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            unit = decompose(tmp_path, matrix, "weight", tmp_path / str(threads))
+            made.append(unit.run(UnitContext(tmp_path, threads=threads)).file.sha256)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert made[0] == made[1]

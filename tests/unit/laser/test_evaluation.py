@@ -8,9 +8,11 @@ import torch
 
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.evaluate.objectives import ObjectiveSource, resolve_objective, size_objective
+from aidocks.evaluate.scoring import context_length, load_task
 from aidocks.laser.evaluation import Change, MeasureChange
 from aidocks.laser.matrices import Reduction, find_matrices, stored_matrix
 from aidocks.laser.truncation import save_basis, weight_basis
+from aidocks.laser.workbench import workbench
 from aidocks.plan import UnitContext
 from aidocks.specs.objective import Objective
 
@@ -86,6 +88,27 @@ def test_measurements_do_not_depend_on_what_the_worker_did_before(
         fresh[2], fresh[1], fresh[0], fresh[2],
     ]  # fmt: skip
     assert fresh[2].objective.before == fresh[0].objective.after
+
+
+def test_after_a_guard_only_the_layers_above_a_change_run(
+    make_unit: MakeUnit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = UnitContext(tmp_path)
+    unit = make_unit(("model.layers.4.mlp.up_proj.weight", 30))
+    bench = workbench(unit.checkpoint, None, context)
+    tokens = 0
+    for source in unit.objectives:
+        task = load_task(source, "search", bench.model.tokenizer, longest=context_length(bench.model.network))
+        tokens += sum(batch.ids_BT.numel() for batch in task.batches)
+    # Room for the outputs of two layers: less than that of all objectives' at every second layer.
+    bench.suffix._limit = 2 * tokens * bench.suffix._bytes_per_token
+    first = unit.run(context)
+    assert bench.suffix.stride == 3
+    batches = bench.suffix.layers_run
+    bench.suffix.layers_run = 0
+    assert unit.run(context) == first
+    # The base is known, and the change begins at the output of layer 3 of 5.
+    assert bench.suffix.layers_run == batches * 2 / (5 + 2)
 
 
 def test_a_loss_that_is_not_finite_is_futile(

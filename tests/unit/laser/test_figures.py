@@ -2,11 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aidocks.laser.figures import draw_before_after, draw_candidates, draw_predictions
 from aidocks.laser.ledger import LedgerLine, written_value, written_z
 from aidocks.laser.ledger import with_error as written
+from aidocks.laser.matrices import Matrix
+from aidocks.laser.scan_figures import draw_kind
 from aidocks.specs.laser_result import PartScore
 
 PNG = b"\x89PNG"
@@ -120,3 +123,17 @@ def test_values_are_written_in_the_metrics_own_unit() -> None:
     assert written_value(score(metric="accuracy"), 0.579, 0.0123) == "57.9% ± 1.2%"
     assert written_value(score(metric="preference"), None, None) == "not finite"
     assert (written_z(-3.154), written_z(0.5), written_z(None)) == ("−3.15", "0.50", "")
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_spectra_of_one_kind(count: int) -> None:
+    spectra = [
+        (
+            Matrix(name=f"layers.{layer}.up.weight", layer=layer, kind="up", shape=(12, 40), dtype="F32"),
+            np.sort(np.random.default_rng(layer).uniform(0, 9, 12))[::-1] * (layer != 2),  # one is zero
+        )
+        for layer in range(count)
+    ]
+    drawn = draw_kind("up", iter(spectra), count)
+    assert drawn.startswith(PNG)
+    assert draw_kind("up", spectra, count) == drawn

@@ -11,17 +11,19 @@ from aidocks.laser.layer_lists import (
     list_layers,
     module_kind,
     pattern,
+    pictures_by_kind,
     score_of,
     spectrum_table,
     unfrozen_yaml,
 )
+from aidocks.laser.matrices import Matrix
 from aidocks.specs.laser_scan import ScannedMatrix
 
 
 def row(address: str, noise_ratio: float | None, snr: float | None = 1.0, **fields: Any) -> ScannedMatrix:
     layer = next((int(part) for part in address.split(".") if part.isdecimal()), None)
     values: dict[str, Any] = {
-        "layer": layer, "kind": "k", "shape": (4, 4), "sigma": 1.0, "rules": (),
+        "layer": layer, "kind": "k", "shape": (4, 4), "sigma": 1.0, "edge": 4.0, "outliers": 0, "rules": (),
         "bulk_distance": 0.1, "frobenius": 1.0, "spectral_norm": 1.0,
     }  # fmt: skip
     return ScannedMatrix(address=address, noise_ratio=noise_ratio, snr=snr, **(values | fields))
@@ -104,3 +106,30 @@ def test_the_table_has_the_form_of_spectrums_files() -> None:
     json.dumps(table, allow_nan=False)
     ups = {name: entry["snr"] for name, entry in table.items() if name.endswith("up_proj")}
     assert max(ups, key=lambda name: ups[name]) == "model.layers.2.mlp.up_proj"
+
+
+def matrix(name: str, layer: int | None, expert: int | None = None) -> Matrix:
+    return Matrix(name=name, layer=layer, kind="k", shape=(4, 4), dtype="BF16", expert=expert)
+
+
+def test_every_kind_has_a_picture_of_its_layers() -> None:
+    found = pictures_by_kind(
+        [
+            matrix("model.embed_tokens.weight", None),
+            matrix("model.layers.1.mlp.up_proj.weight", 1),
+            matrix("model.layers.0.mlp.up_proj.weight", 0),
+            matrix("a/b.layers.0.x/../y.weight", 0),
+            *(matrix(f"model.layers.0.moe.experts.{number}.w1.weight", 0) for number in range(2)),
+            *(matrix("model.layers.0.mlp.experts.up", 0, number) for number in range(300)),
+        ]
+    )
+    assert {name: len(members) for name, members in found.items()} == {
+        "spectra-mlp.experts.up.png": 128,
+        "spectra-mlp.up_proj.png": 2,
+        "spectra-moe.experts.N.w1.png": 2,
+        "spectra-no-layer.png": 1,
+        "spectra-x_.._y.png": 1,
+    }
+    assert [m.layer for m in found["spectra-mlp.up_proj.png"]] == [0, 1]
+    drawn = [m.expert for m in found["spectra-mlp.experts.up.png"]]
+    assert (drawn[0], drawn[-1], len(set(drawn))) == (0, 299, 128)

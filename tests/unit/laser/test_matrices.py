@@ -8,7 +8,7 @@ import pytest
 
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import InvalidSpec
-from aidocks.laser.matrices import Matrix, find_matrices, select_matrices, stored_matrix
+from aidocks.laser.matrices import Matrix, find_matrices, parse_address, select_matrices, stored_matrix
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,12 @@ def test_experts_of_one_tensor_are_matrices_of_their_own(name: str, kind: str) -
     assert all_of({name.replace("experts", "conv").replace("moe", "conv"): Entry((3, 8, 4))}) == []
 
 
+def test_addresses_are_read_as_they_are_written() -> None:
+    entries = LLAMA | {"model.layers.3.mlp.experts.down_proj": Entry((12, 8, 4))}
+    for matrix in all_of(entries):
+        assert parse_address(matrix.address) == (matrix.name, matrix.expert)
+
+
 def test_a_stored_matrix_is_a_tensor_or_a_slice_of_one(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
@@ -151,16 +157,16 @@ def test_layers_and_kinds_select() -> None:
     [
         ((0, 3), None, "layers", 3, "0, 2, 10"),
         (None, ("q_proj", "proj"), "kinds", "proj", "down_proj, q_proj"),
-        ((2,), ("down_proj",), "kinds", None, None),
+        ((2, 10), ("down_proj",), "kinds", "down_proj", "Kinds in layers 2, 10: q_proj."),
     ],
 )
 def test_unknown_layers_and_kinds_name_the_known_ones(
-    layers: tuple[int, ...] | None, kinds: tuple[str, ...] | None, field: str, value: object, hint: str | None
+    layers: tuple[int, ...] | None, kinds: tuple[str, ...] | None, field: str, value: object, hint: str
 ) -> None:
     with pytest.raises(InvalidSpec) as caught:
         select_matrices(find_matrices(LLAMA), layers, kinds, "m")  # type: ignore[arg-type]
     assert (caught.value.field, caught.value.value) == (field, value)
-    assert hint is None or hint in str(caught.value.hint)
+    assert hint in str(caught.value.hint)
 
 
 def test_a_model_without_matrices() -> None:

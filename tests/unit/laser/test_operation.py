@@ -6,14 +6,17 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-from aidocks.errors import AIDocksError, IncompatibleModels, InvalidSpec, PathNotAllowed
+from aidocks.errors import AIDocksError, IncompatibleModels, InsufficientDisk, InvalidSpec, PathNotAllowed
 from aidocks.evaluate.perplexity import MeasurePerplexity
+from aidocks.evaluate.texts import TextSource, read_text
 from aidocks.jobs.submit import plan_context
+from aidocks.laser.checks import check_base, workspace_bytes
 from aidocks.laser.operation import Laser
 from aidocks.models.registry import Registry
 from aidocks.plan import Unit, UnitContext
@@ -29,6 +32,15 @@ SMALL: dict[str, Any] = {
     "keep": [0.4, 0.9],
     "selection": "exhaustive",
     "z_threshold": 1.5,
+}
+
+
+CAUSAL: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
+FACTORED: dict[str, Any] = {
+    "model_type": "aidocks.laser.factored",
+    "architectures": ["FactoredLlamaForCausalLM"],
+    "factor_ranks": {"model.layers.0.self_attn.q_proj.weight": 2},
+    "base_model_type": "llama",
 }
 
 
@@ -125,7 +137,7 @@ def test_a_whole_run(settings: Settings, base: str) -> None:
     assert result.path == str(path)
 
     # What was written is what was measured.
-    assert perplexity(path) == pytest.approx(score(result.search).after, rel=1e-12)
+    assert perplexity(path) == pytest.approx(score(result.held_out).after, rel=1e-12)
     assert_better(result)
 
     # Exactly the accepted matrices changed, to the ranks that were reported.
@@ -170,8 +182,8 @@ def assert_better(result: LaserResult) -> None:
 
 
 def perplexity(model: Path) -> float | None:
-    """Perplexity on the search chunks, measured anew from the files."""
-    measure = MeasurePerplexity(model=model, split="search", seq_length=48, chunks=16)
+    """Perplexity on the held-out chunks, measured anew from the files."""
+    measure = MeasurePerplexity(model=model, split="held_out", seq_length=48, chunks=16)
     return measure.run(UnitContext(model)).perplexity
 
 
@@ -245,7 +257,7 @@ def test_other_architectures(
     registry.import_checkpoint("other", source)
     result = Driver(settings).run(spec("other", kinds=kinds, z_threshold=0.2))
     assert result.accepted
-    assert perplexity(registry.path("result")) == pytest.approx(score(result.search).after, rel=1e-9)
+    assert perplexity(registry.path("result")) == pytest.approx(score(result.held_out).after, rel=1e-9)
 
 
 def test_a_job_that_died_after_publication_ends_with_the_same_result(settings: Settings, base: str) -> None:
@@ -309,12 +321,58 @@ def test_what_held_out_chunks_contradict_is_taken_back(
     assert {a.name for a in some.accepted} | set(some.taken_back) == set(result.taken_back)
 
 
-def test_a_guard_that_gets_worse_stands_in_the_way(settings: Settings, base: str, tmp_path: Path) -> None:
-    """A text as its own guard changes nothing; the result has its figures on two parts."""
-    result = Driver(settings).run(spec(base, guards=["perplexity:prose"]))
+def test_the_result_has_its_guards_figures_on_two_parts(
+    settings: Settings, base: str, tmp_path: Path
+) -> None:
+    """A text as its own guard, under another name, changes nothing."""
+    settings = settings.model_copy(update={"allowed_roots": (*settings.allowed_roots, tmp_path)})
+    text = tmp_path / "same.txt"
+    text.write_text(read_text(TextSource(name="prose")))
+    result = Driver(settings).run(spec(base, guards=[f"perplexity:{text}"]))
     assert result.accepted
     assert {guard.part for guard in result.guards} == {"held_out", "report"}
     assert all(guard.delta == score(result.report).delta for guard in result.guards if guard.part == "report")
+
+
+def disk_with(free: int) -> Callable[[Path], Any]:
+    return lambda _: SimpleNamespace(free=free)
+
+
+def test_a_resumed_job_asks_only_for_the_room_that_it_still_needs(
+    settings: Settings, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(settings)
+    workspace = driver.context.workspace
+    with pytest.raises(Killed):
+        driver.run(spec(base), kill_after=30)
+    written = sum(path.stat().st_size for path in workspace.rglob("*") if path.is_file())
+    assert written > 0
+    leftovers = [workspace / "bases" / "basis-a.tmp-0123456789ab", workspace / "b.tmp-0123456789ab"]
+    for leftover in leftovers:
+        leftover.write_bytes(b"x" * 1000)
+
+    monkeypatch.setattr("shutil.disk_usage", disk_with(0))
+    with pytest.raises(InsufficientDisk) as full:
+        Laser().preflight(spec(base), driver.context)
+    needed = full.value.value
+    with pytest.raises(InsufficientDisk) as rest:
+        next(Laser().plan(spec(base), driver.context))
+    assert rest.value.value == needed - written
+    assert not any(leftover.exists() for leftover in leftovers)
+    monkeypatch.setattr("shutil.disk_usage", disk_with(needed - written))
+    next(Laser().plan(spec(base), driver.context))
+
+
+def test_the_room_asked_for_is_enough(settings: Settings, base: str) -> None:
+    """Of matrices that share no inputs, with two objectives, the sums of every share are counted."""
+    given = spec(base, kinds=["o_proj", "down_proj"], guards=["log_likelihood:capitals"], z_threshold=50)
+    driver = Driver(settings)
+    driver.run(given)
+    files = [path for path in driver.context.workspace.rglob("*.safetensors") if path.is_file()]
+    matrices = check_base(driver.context.resolver.open(base, field="base_model_name"), given)
+    beside_tensors = 16_384 * len(files)
+    written = sum(path.stat().st_size for path in files)
+    assert written - beside_tensors <= workspace_bytes(matrices, given) <= written
 
 
 def test_a_set_of_questions_as_the_objective(settings: Settings, base: str) -> None:
@@ -333,9 +391,8 @@ def test_a_factored_result_has_fewer_parameters_and_the_same_losses(settings: Se
 
     import aidocks.laser.factored  # noqa: F401 - registers how such a model is loaded
 
-    dense = Driver(settings, job_id="job-dense").run(spec(base, "dense", keep=[0.25]))
-    fields = {"keep": [0.25], "output": "factored"}
-    result = Driver(settings, job_id="job-factored").run(spec(base, "factored", **fields))
+    dense = Driver(settings, job_id="job-dense").run(spec(base, "dense"))
+    result = Driver(settings, job_id="job-factored").run(spec(base, "factored", output="factored"))
     assert result.accepted == dense.accepted
     assert result.accepted, "the threshold of this test is so low that something must pass it"
     registry = Registry(settings.models_dir)
@@ -347,13 +404,15 @@ def test_a_factored_result_has_fewer_parameters_and_the_same_losses(settings: Se
 
 
 def test_the_noisiest_matrices_are_tried_first(settings: Settings, base: str) -> None:
-    result = Driver(settings).run(spec(base, selection="snr", top_k_layers=3, kinds=None, z_threshold=50))
-    assert (result.candidates_tried, result.matrices_scanned) == (3, 7 * layers_of(settings, base))
+    result = Driver(settings).run(spec(base, selection="snr", top_k_layers=2, kinds=None, z_threshold=50))
+    assert (result.candidates_tried, result.matrices_scanned) == (4, 7 * layers_of(settings, base))
     report = Registry(settings.models_dir).path("result") / "report"
     spectra = json.loads((report / "spectra.json").read_text())
     ratios = sorted(s["decisions"]["marchenko_pastur"]["snr"] for s in spectra)
     tried = [line["snr"] for line in json.loads((report / "ledger.json").read_text())["candidates"]]
-    assert tried == [ratios[0], ratios[0], ratios[1]], "each matrix twice: the rule keeps two shares"
+    assert tried == [ratios[0], ratios[0], ratios[1], ratios[1]], (
+        "each matrix twice: the rule keeps two shares"
+    )
 
 
 def test_exhaustive_tries_every_matrix_of_the_chosen_kinds(settings: Settings, base: str) -> None:
@@ -385,7 +444,8 @@ def test_the_local_door(settings: Settings, base: str) -> None:
         ({"text": "/etc/motd.txt"}, PathNotAllowed, "text"),
         ({"chunks": 90_000}, InvalidSpec, "chunks"),
         ({"objective": "accuracy:nothing"}, InvalidSpec, "objective"),
-        ({"guards": ["perplexity:prose", "accuracy:/etc/motd.jsonl"]}, PathNotAllowed, "guards[1]"),
+        ({"objective": "accuracy:capitals", "text": "poetry"}, InvalidSpec, "text"),
+        ({"guards": ["accuracy:capitals", "accuracy:/etc/motd.jsonl"]}, PathNotAllowed, "guards[1]"),
         ({"seqlen": 513}, InvalidSpec, "seqlen"),
         ({"max_shard_size": "big"}, InvalidSpec, "max_shard_size"),
     ],
@@ -406,6 +466,8 @@ def test_preflight_names_the_field(
         ({"architectures": ["LlamaForSequenceClassification"]}, None, "not a causal"),
         ({"quantization_config": {"quant_method": "awq"}}, None, "quantised"),
         ({}, "tokenizer.json", "no tokenizer"),
+        (FACTORED | {"base_config": CAUSAL | {"quantization_config": {"bits": 4}}}, None, "quantised"),
+        (FACTORED | {"base_config": {"architectures": ["LlamaModel"]}}, None, "not .*, but: LlamaModel"),
     ],
 )
 def test_unsuitable_models(
@@ -425,6 +487,7 @@ def test_unsuitable_models(
     with pytest.raises(IncompatibleModels, match=message) as caught:
         Laser().preflight(spec("odd"), plan_context(settings, "job-1"))
     assert caught.value.field == "base_model_name"
+    assert caught.value.hint
 
 
 def test_publishing_needs_a_token(

@@ -158,6 +158,7 @@ def test_what_the_card_tells_of_a_success() -> None:
         ),
     )
     told = " ".join(changed.text)
+    assert "group" not in told
     assert "28 matrices scanned, 210 reductions screened by a gradient, 30 reductions measured" in told
     assert "perplexity on prose" in told
     assert comparison.table is not None
@@ -170,6 +171,15 @@ def test_what_the_card_tells_of_a_success() -> None:
     ]
     assert comparison.table.rows[3][2] == "58.0% ± 120.0%"
     assert comparison.table.strong == ((0, 5), (1, 5))
+
+
+def test_the_card_tells_what_was_accepted_together() -> None:
+    alone = result().accepted[0]
+    member = alone.model_copy(update={"group": 1, "delta": -0.009, "standard_error": 0.0039})
+    changed = sections(result(accepted=(alone, member)), [line()])[0]
+    assert changed.table is not None
+    assert [row[5] for row in changed.table.rows] == ["−0.0041 ± 0.0013", "−0.0090 ± 0.0039 (group)"]
+    assert "(group) were accepted together" in " ".join(changed.text)
 
 
 def test_what_the_card_tells_when_nothing_helped() -> None:

@@ -195,3 +195,19 @@ def test_longer_ones_weigh_more_and_labels_are_addresses(tmp_path: Path) -> None
     directory = save(tmp_path / "model", TENSORS)
     by_label = {unit.label: unit.weight for unit in units(directory, tmp_path)}
     assert by_label["layers.0.square.weight"] > by_label["layers.1.experts.up[2]"]
+
+
+def test_the_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
+    directory = save(tmp_path / "model", {"a.weight": random(300, 400)})
+    before = torch.get_num_threads()
+    kept = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            (unit,) = units(directory, tmp_path / str(threads))
+            unit.run(UnitContext(tmp_path, threads=threads))
+            kept.append(unit.kept_at.read_bytes())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert kept[0] == kept[1]

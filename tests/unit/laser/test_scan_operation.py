@@ -7,15 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from aidocks.errors import CorruptCheckpoint, InvalidSpec, UnknownModel
 from aidocks.jobs.submit import plan_context
 from aidocks.laser import scan
+from aidocks.laser.marchenko_pastur import fit_bulk
 from aidocks.laser.scan_operation import LaserScan
 from aidocks.models.registry import Registry
 from aidocks.plan import UnitContext
@@ -73,7 +76,7 @@ def add(settings: Settings, name: str, tensors: dict[str, torch.Tensor], config:
 def test_a_whole_scan(settings: Settings, stories: str) -> None:
     driver = Driver(settings)
     result = driver.run(model=stories, keep=[0.5], top_fractions=[0.5, 0.25])
-    assert driver.stages == ["hash", "scan", "report"]
+    assert driver.stages == ["hash", "scan", "pictures", "report"]
     config = json.loads((Registry(settings.models_dir).path(stories) / "config.json").read_text())
     layers = config["num_hidden_layers"]
     assert result.matrices_scanned == len(result.matrices) == 7 * layers + 1
@@ -87,8 +90,29 @@ def test_a_whole_scan(settings: Settings, stories: str) -> None:
     directory = Path(result.path)
     assert directory.is_relative_to(settings.cache_dir)
     assert set(result.files) == {path.name for path in directory.iterdir()}
-    assert LaserScanResult.model_validate_json((directory / "scan.json").read_bytes()) == result
-    for name in ("noise_ratio.png", "spectra.png"):
+    filed = LaserScanResult.model_validate_json((directory / "scan.json").read_bytes())
+    compact = [row.model_copy(update={"singular_values": ()}) for row in filed.matrices]
+    assert filed.model_copy(update={"matrices": tuple(compact)}) == result
+    with safe_open(directory / "spectra.safetensors", "np") as values:
+        assert set(values.keys()) == {row.address for row in result.matrices}
+        for row in filed.matrices:
+            all_of_it = values.get_tensor(row.address)
+            assert (all_of_it.dtype, all_of_it.shape) == (np.float64, (min(row.shape),))
+            assert len(row.singular_values) == min(64, min(row.shape))
+            ends = row.singular_values[0], row.singular_values[-1]
+            assert ends == pytest.approx((all_of_it[0], all_of_it[-1]), rel=1e-5)
+            assert row.outliers == (all_of_it > row.edge).sum()
+            fit = fit_bulk(all_of_it, row.shape)
+            assert (fit.sigma, fit.edge, fit.distance) == (row.sigma, row.edge, row.bulk_distance)
+    kinds = (
+        "mlp.down_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "no-layer",
+        *(f"self_attn.{x}_proj" for x in "kqvo"),
+    )
+    assert {f"spectra-{kind}.png" for kind in kinds} < set(result.files)
+    for name in (name for name in result.files if name.endswith(".png")):
         assert (directory / name).read_bytes().startswith(b"\x89PNG")
     assert [(found.score, found.top_fraction) for found in result.lists] == [
         ("noise_ratio", 0.5), ("original", 0.5), ("noise_ratio", 0.25), ("original", 0.25),
@@ -120,7 +144,7 @@ def test_a_second_request_reads_no_tensor(
     # Another request of the same bytes: decisions are made again, of the values that were kept.
     other = Driver(settings)
     assert other.run(model=stories, keep=[0.3]).path != first.path
-    assert other.stages == ["hash", "scan", "report"]
+    assert other.stages == ["hash", "scan", "pictures", "report"]
     # A file that was lost is written again.
     assert first.path is not None
     (Path(first.path) / "spectra.png").unlink()
@@ -193,7 +217,7 @@ def test_other_architectures(settings: Settings, shared_data: Path, model: str) 
     [
         ({"layers": [99]}, "layers", "Its layers: 0-"),
         ({"kinds": ["q_prj"]}, "kinds", "q_proj"),
-        ({"layers": [0], "kinds": ["embed_tokens"]}, "kinds", None),
+        ({"layers": [0], "kinds": ["embed_tokens"]}, "kinds", "Kinds in layers 0: down_proj"),
     ],
 )
 def test_what_a_model_does_not_have_is_refused(

@@ -16,6 +16,8 @@ from aidocks.evaluate.causal_lm import load
 from aidocks.evaluate.objectives import ObjectiveSource, size_objective
 from aidocks.evaluate.scoring import Task, load_task, plain_forward
 from aidocks.evaluate.texts import TextSource
+from aidocks.laser import screening
+from aidocks.laser import truncation as truncation_module
 from aidocks.laser.screening import (
     CutSums,
     Prediction,
@@ -25,7 +27,14 @@ from aidocks.laser.screening import (
     combine,
     screen,
 )
-from aidocks.laser.truncation import activation_basis, load_basis, reduce, save_basis, weight_basis
+from aidocks.laser.truncation import (
+    activation_basis,
+    load_basis,
+    load_directions,
+    reduce,
+    save_basis,
+    weight_basis,
+)
 from aidocks.laser.workbench import locate
 from aidocks.plan import UnitContext
 
@@ -236,6 +245,38 @@ def test_shares_together_say_what_the_whole_says(model: Path, tmp_path: Path) ->
     assert screened(6) == shares
     assert shares[-1].items == 0  # there are fewer batches than shares
     assert Screened.model_validate_json(shares[0].model_dump_json()) == shares[0]
+
+
+@pytest.mark.parametrize(("room", "most_reads"), [(1 << 30, 1), (9000, None), (0, None)])
+def test_directions_are_read_once_as_long_as_there_is_room(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, most_reads: int | None
+) -> None:
+    loaded = load(model, None, "cpu")
+    long = TEXT.model_copy(update={"seq_length": 200, "sizes": SIZES | {"calibration": 20}})
+    task = load_task(long, "calibration", loaded.tokenizer)
+    assert len(task.batches) > 2
+    addresses = [f"model.layers.1.{name}.weight" for name in KINDS]
+    candidates = candidates_for(loaded.network, [*addresses, "model.embed_tokens.weight"], tmp_path)
+    expected = screen(loaded.network, task, task.batches, candidates)
+    reads: list[Path] = []
+    begins: list[int] = []
+
+    def counted(path: Path, first: int) -> torch.Tensor:
+        reads.append(path)
+        begins.append(first)
+        return load_directions(path, first)
+
+    monkeypatch.setattr(truncation_module, "load_directions", counted)
+    monkeypatch.setattr(screening, "_ROOM", room)
+    assert screen(loaded.network, task, task.batches, candidates) == expected
+    assert set(reads) == {candidate.basis for candidate in candidates}
+    assert set(begins) == {0, 1}  # the first is kept by every cut, unless one shrinks it
+    times = [reads.count(candidate.basis) for candidate in candidates]
+    if most_reads is not None:
+        assert max(times) == most_reads
+    else:
+        assert max(times) == len(task.batches)
+        assert (min(times) == 1) == (room > 0)
 
 
 def test_a_model_is_left_as_it_was(model: Path, tmp_path: Path) -> None:

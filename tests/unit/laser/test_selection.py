@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from aidocks.evaluate.measurements import Pairs
 from aidocks.evaluate.objectives import ObjectiveSource
 from aidocks.evaluate.texts import TextSource
+from aidocks.laser.composition import Composition
 from aidocks.laser.evaluation import Change, MeasureChange
 from aidocks.laser.matrices import Matrix, Reduction
 from aidocks.laser.scan import MatrixSpectrum, RuleDecision
 from aidocks.laser.screening import Prediction
 from aidocks.laser.selection import (
     Candidate,
-    Composition,
     Proposal,
     choose_predicted,
     merits_of,
@@ -97,8 +97,14 @@ class Simulation:
     def change(self, base: Sequence[int], added: Sequence[int]) -> Change:
         before, after = self.effect(base), self.effect([*base, *added])
         delta = None if before is None or after is None else after - before
-        guard = [pairs(sum(self.harm[i] for i in added))] if self.harm else []
-        return Change(pairs=(pairs(delta), *guard))
+        return Change(pairs=(pairs(delta), *self._guards(base, added)))
+
+    def _guards(self, base: Sequence[int], added: Sequence[int]) -> Sequence[Pairs]:
+        """As they are measured: losses in the state before, and in the one after."""
+        if self.harm is None:
+            return ()
+        before = pairs(sum(self.harm[i] for i in base)).after
+        return (pairs(sum(self.harm[i] for i in (*base, *added))).model_copy(update={"before": before}),)
 
     def run(self, in_order: bool = False, **options: Any) -> tuple[list[int], dict[int, str]]:
         alone = {"z_threshold": 3.0, "max_accepted": None, "parallelism": 1} | options
@@ -107,17 +113,23 @@ class Simulation:
             for i in range(len(self.single))
         ]
         composition = Composition(candidates, _unit, in_order=in_order, **alone)
-        plan = composition.run()
-        try:
-            stage = next(plan)
-            while True:
-                self.stages.append(len(stage.units))
-                stage = plan.send([self.change(_indices(u.base), _indices(u.added)) for u in stage.units])  # type: ignore[attr-defined]
-        except StopIteration as stop:
-            judged: list[Candidate] = stop.value
+        judged = self.drive(composition)
         assert [c.reduction for c in judged] == [c.reduction for c in candidates]
         accepted = [_index(c.reduction) for c in composition.accepted]
         return accepted, {_index(c.reduction): c.verdict for c in judged}
+
+    def drive(self, composition: Composition) -> list[Candidate]:
+        """Answer all that a composition wants measured; return what it makes of its candidates."""
+        plan = composition.run()
+        changes: list[Change] | None = None
+        try:
+            while True:
+                stage = next(plan) if changes is None else plan.send(changes)
+                self.stages.append(len(stage.units))
+                changes = [self.change(_indices(u.base), _indices(u.added)) for u in stage.units]  # type: ignore[attr-defined]
+        except StopIteration as stop:
+            judged: list[Candidate] = stop.value
+            return judged
 
 
 def _unit(base: Sequence[Candidate], added: Sequence[Candidate], subject: str) -> MeasureChange:
@@ -158,6 +170,50 @@ def test_backward_keeps_the_order_of_the_candidates() -> None:
     effects = [-0.03, -0.05, -0.04]
     assert Simulation(effects).run()[0] == [1, 2, 0]
     assert Simulation(effects).run(in_order=True)[0] == [0, 1, 2]
+
+
+def test_backward_takes_the_best_of_each_matrix_first() -> None:
+    effects = {(1, 3): -0.03, (1, 4): -0.05, (1, 5): 0.0, (0, 3): -0.001, (0, 4): -0.09, (0, 5): -0.08}
+    candidates = [
+        candidate(index, rank).measured(Change(pairs=(pairs(effect),)), ITEMS, 3.0)
+        for (index, rank), effect in effects.items()
+    ]
+    composition = Composition(
+        candidates, _unit, z_threshold=3.0, max_accepted=None, parallelism=1, in_order=True
+    )
+    plan = composition.run()
+    (unit,) = next(plan).units
+    assert [(_index(r), r.rank) for r in unit.base] == [(1, 4)]  # type: ignore[attr-defined]
+    assert [(_index(r), r.rank) for r in unit.added] == [(0, 4)]  # type: ignore[attr-defined]
+    with pytest.raises(StopIteration):
+        plan.send([Change(pairs=(pairs(-0.02),))])
+    assert [(_index(c.reduction), c.proposal.rank) for c in composition.accepted] == [(1, 4), (0, 4)]
+
+
+def test_guards_tell_what_was_decided_on() -> None:
+    """On top of a change that cost a guard a little, the guard is compared with the base."""
+    first, second = compose(Simulation([-0.05, -0.04], harm=[0.0007, 0.0008]))
+    assert (first.verdict, second.verdict) == ("accepted", "hurts a guard")
+    # The second alone is within the tolerance; with the first it is not, and that is what the ledger tells.
+    assert [pairs.comparison.delta for pairs in first.guards] == pytest.approx([0.0007])
+    assert [pairs.comparison.delta for pairs in second.guards] == pytest.approx([0.0015])
+    together = compose(Simulation([-0.05, -0.0024, -0.0024], harm=[0.0007, -0.0003, -0.0003]))
+    assert [c.verdict for c in together] == ["accepted", "accepted in a group", "accepted in a group"]
+    assert [c.guards[0].comparison.delta for c in together] == pytest.approx([0.0007, 0.0001, 0.0001])
+
+
+def test_members_of_a_group_share_its_evidence() -> None:
+    alone, *members = compose(Simulation([-0.05, -0.0024, -0.0024]))
+    assert (alone.verdict, alone.group, alone.is_accepted) == ("accepted", None, True)
+    assert [(c.verdict, c.group, c.is_accepted) for c in members] == [("accepted in a group", 1, True)] * 2
+    assert [c.composed and c.composed.delta for c in members] == pytest.approx([-0.0048] * 2)
+
+
+def compose(simulation: Simulation) -> list[Candidate]:
+    given = [
+        candidate(i).measured(simulation.change([], [i]), ITEMS, 3.0) for i in range(len(simulation.single))
+    ]
+    return simulation.drive(Composition(given, _unit, z_threshold=3.0, max_accepted=None, parallelism=1))
 
 
 def test_the_limit_ends_the_search() -> None:
@@ -277,6 +333,17 @@ def test_without_a_gradient_the_noisiest_or_the_last_come_first() -> None:
     assert [p.matrix.layer for p in order_proposals(propose(spectra, backward), backward)] == [3, 2, 1, 0]
     everything = spec(rule="laserrmt", selection="exhaustive")
     assert len(order_proposals(propose(spectra, everything), everything)) == 4
+
+
+@pytest.mark.parametrize(("selection", "layers"), [("snr", [1, 2, 0]), ("backward", [3, 2, 1])])
+def test_a_limit_counts_matrices_and_of_each_all_is_measured(selection: str, layers: list[int]) -> None:
+    ranks = {"laserrmt": 4, "marchenko_pastur": 5, "gavish_donoho": 3}
+    spectra = [spectrum(i, ranks, snr) for i, snr in enumerate([3.0, 1.0, 2.0, 9.0])]
+    alone = spec(selection=selection, top_k_layers=3)
+    assert [p.matrix.layer for p in order_proposals(propose(spectra, alone), alone)] == layers
+    several = spec(selection=selection, top_k_layers=3, rule=list(ranks))
+    ordered = order_proposals(propose(spectra, several), several)
+    assert [(p.matrix.layer, p.rank) for p in ordered] == [(n, rank) for n in layers for rank in (3, 4, 5)]
 
 
 def predicted(index: int, rank: int, change: float, error: float = 0.001) -> Prediction:

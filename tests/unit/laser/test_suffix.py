@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aidocks.evaluate.scoring import plain_forward
-from aidocks.laser.suffix import SuffixForward, decoder_layers
+from aidocks.laser.suffix import LEAST_LIMIT, SuffixForward, cache_limit, decoder_layers
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -123,6 +123,35 @@ def test_more_batches_than_expected_thin_out_what_is_kept() -> None:
     suffix.expect(2 * ids_BT.numel())
     assert suffix.stride == 2
     assert suffix.kept_bytes == before / 2
+    assert suffix.keeps(0)
+
+
+@torch.inference_mode()
+def test_what_a_new_stride_does_not_find_kept_is_forgotten_and_said_so() -> None:
+    ids_BT, _ = batch()
+    network = make("llama")
+    suffix, whole = SuffixForward(network, limit=2 * ids_BT.numel() * 32 * 4), plain_forward(network)
+    assert not suffix.keeps(0)
+    for tokens, stride, kept in ((1, 2, True), (2, 4, True), (3, 5, False)):
+        suffix.expect(tokens * ids_BT.numel())
+        if tokens == 1:
+            suffix.forward(0, ids_BT, None, None, keep=True)
+        assert suffix.stride == stride
+        assert suffix.keeps(0) == kept
+    assert suffix.kept_bytes == 0
+    assert torch.equal(suffix.forward(0, ids_BT, None, None, start=3), whole(ids_BT, None, None))
+
+
+def test_a_workers_limit_is_its_share_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("aidocks.laser.suffix._available_memory", lambda: 64 << 30)
+    assert cache_limit(cpu, 1.0) == 16 << 30
+    assert cache_limit(cpu, 0.5) == 8 << 30
+    assert cache_limit(cpu, 0.01) == LEAST_LIMIT == 1 << 30
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (40 << 30, 80 << 30))
+    assert cache_limit(torch.device("cuda:0"), 0.1) == 10 << 30
+    monkeypatch.undo()
+    assert cache_limit(cpu, 1.0) >= LEAST_LIMIT
 
 
 @torch.inference_mode()

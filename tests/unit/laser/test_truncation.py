@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from aidocks.checkpoints.files import hash_file
 from aidocks.laser.truncation import (
@@ -15,6 +16,8 @@ from aidocks.laser.truncation import (
     activation_basis,
     factors,
     load_basis,
+    load_directions,
+    load_values,
     reduce,
     save_basis,
     weight_basis,
@@ -173,6 +176,9 @@ def test_it_is_the_whitened_svd(shape: tuple[int, int]) -> None:
     basis = activation_basis(matrix, covariance, precision="double", ridge=0.0)
     torch.testing.assert_close(reduce(matrix, basis, 8), expected, rtol=0, atol=1e-8)
     torch.testing.assert_close(basis.values_N, torch.linalg.svdvals(matrix @ root), rtol=1e-6, atol=1e-6)
+    before = covariance.clone()
+    activation_basis(matrix, covariance)
+    assert torch.equal(covariance, before)
 
 
 @settings(deadline=None)
@@ -230,10 +236,15 @@ def test_a_file_keeps_a_basis(tmp_path: Path) -> None:
     written = save_basis(tmp_path / "bases" / "one.safetensors", basis)
     assert written.sha256 == hash_file(written.path)
     assert written.bytes == written.path.stat().st_size
+    with safe_open(written.path, "pt") as file:
+        assert file.get_slice("directions").get_shape() == [5, 7]  # each in one piece
     read = load_basis(written.path)
     assert read.directions_ON.dtype is torch.float32
     assert read.values_N.dtype is torch.float64
     assert torch.equal(read.directions_ON, basis.directions_ON)
     assert torch.equal(read.values_N, basis.values_N)
+    assert torch.equal(load_values(written.path), basis.values_N)
+    for first in (0, 2, 5):
+        assert torch.equal(load_directions(written.path, first), basis.directions_ON[:, first:])
     again = save_basis(tmp_path / "two.safetensors", weight_basis(matrix, precision="double"))
     torch.testing.assert_close(load_basis(again.path).directions_ON, basis.directions_ON)

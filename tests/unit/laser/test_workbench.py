@@ -170,6 +170,42 @@ def test_a_new_base_runs_only_what_it_changed(
     assert bench.suffix.layers_run == batches
 
 
+def layers_of(bench: Workbench, source: ObjectiveSource, added: tuple[Reduction, ...]) -> float:
+    """Return how many layers a change runs for each batch."""
+    bench.suffix.layers_run = 0
+    bench.measure(source, "search", added)
+    task = load_task(source, "search", bench.model.tokenizer, longest=context_length(bench.model.network))
+    return bench.suffix.layers_run / len(task.batches)
+
+
+def test_memory_is_divided_among_all_objectives_before_the_first(
+    tiny_llama: Any, tmp_path: Path, reduction: MakeReduction
+) -> None:
+    path = tiny_llama(tmp_path / "model", num_hidden_layers=6)
+    prose, capitals = small_objective(path, chunks=100), small_objective(path, "log_likelihood:capitals")
+    last = (reduction(path, "model.layers.5.mlp.down_proj.weight", 3),)
+    model = workbench(path, None, UnitContext(tmp_path)).model
+    # Room for three outputs of the prose, of 64 numbers a token, or for two of both.
+    limit = 3 * (100 * 32) * 64 * 4
+    bench = Workbench(model, Checkpoint(path), limit=limit)
+    bench.expect([prose, capitals], "search")
+    assert bench.suffix.stride == 3
+    expected = bench.measure(prose, "search", last)
+    bench.measure(capitals, "search", last)
+    assert layers_of(bench, prose, last) == layers_of(bench, capitals, last) == 3
+    assert 0.5 * limit < bench.suffix.kept_bytes <= limit
+    bench.apply([])
+    # A guard that was not announced: what had to go for it is measured again, once.
+    bench = Workbench(model, Checkpoint(path), limit=limit)
+    assert bench.measure(prose, "search", last) == expected
+    assert bench.suffix.stride == 2
+    bench.measure(capitals, "search", last)
+    assert bench.suffix.stride == 3
+    assert layers_of(bench, prose, last) == 6 + 3
+    assert layers_of(bench, prose, last) == 3
+    assert bench.measure(prose, "search", last) == expected
+
+
 def test_what_is_not_a_number_ends_at_once(
     tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reduction: MakeReduction
 ) -> None:
