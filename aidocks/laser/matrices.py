@@ -155,24 +155,7 @@ def select_matrices(
             field=field,
             value=model,
         )
-    for layer in layers or ():
-        known = sorted({matrix.layer for matrix in matrices if matrix.layer is not None})
-        if layer not in known:
-            raise InvalidSpec(
-                f"The model {model!r} has no matrices in layer {layer}.",
-                field="layers",
-                value=layer,
-                hint=f"Its layers: {_ranges(known)}." if known else "None of its weights belongs to a layer.",
-            )
-    for kind in kinds or ():
-        names = sorted({matrix.kind for matrix in matrices})
-        if kind not in names:
-            raise InvalidSpec(
-                f"The model {model!r} has no matrices of kind {kind!r}.",
-                field="kinds",
-                value=kind,
-                hint=f"Its kinds: {', '.join(names)}.",
-            )
+    _require_known(matrices, layers or (), kinds or (), model)
     wanted_layers, wanted_kinds = (None if wanted is None else set(wanted) for wanted in (layers, kinds))
     chosen = tuple(
         matrix
@@ -190,6 +173,30 @@ def select_matrices(
             hint=f"Kinds in layers {_ranges(sorted(set(layers)))}: {', '.join(there)}.",
         )
     return chosen
+
+
+def _require_known(
+    matrices: Sequence[Matrix], layers: Collection[int], kinds: Collection[str], model: str
+) -> None:
+    """Refuse layers and kinds that a model does not have."""
+    for layer in layers:
+        known = sorted({matrix.layer for matrix in matrices if matrix.layer is not None})
+        if layer not in known:
+            raise InvalidSpec(
+                f"The model {model!r} has no matrices in layer {layer}.",
+                field="layers",
+                value=layer,
+                hint=f"Its layers: {_ranges(known)}." if known else "None of its weights belongs to a layer.",
+            )
+    for kind in kinds:
+        names = sorted({matrix.kind for matrix in matrices})
+        if kind not in names:
+            raise InvalidSpec(
+                f"The model {model!r} has no matrices of kind {kind!r}.",
+                field="kinds",
+                value=kind,
+                hint=f"Its kinds: {', '.join(names)}.",
+            )
 
 
 def _ranges(numbers: Sequence[int]) -> str:
