@@ -249,39 +249,39 @@ def _score(source: ObjectiveSource, part: Part, pairs: Pairs) -> PartScore:
 
 
 def _accepted(candidate: Candidate) -> AcceptedReduction:
-    effect, proposal = candidate.composed, candidate.proposal
+    effect = candidate.composed
     assert effect is not None, "accepted without evidence"
     return AcceptedReduction(
         name=candidate.address,
-        layer=proposal.matrix.layer,
-        kind=proposal.matrix.kind,
-        rank=proposal.rank,
-        full_rank=proposal.matrix.full_rank,
-        truncation=proposal.truncation,
-        shrink=proposal.shrink,
-        rule=", ".join(proposal.rules),
-        energy=proposal.energy,
-        group=candidate.group,
+        **_description(candidate),
         delta=effect.delta,
         standard_error=effect.standard_error,
         z=effect.z,
     )
 
 
+def _description(candidate: Candidate) -> dict[str, Any]:
+    """Return what a ledger line and an accepted reduction alike say of a candidate."""
+    proposal = candidate.proposal
+    return {
+        "layer": proposal.matrix.layer,
+        "kind": proposal.matrix.kind,
+        "rank": proposal.rank,
+        "full_rank": proposal.matrix.full_rank,
+        "truncation": proposal.truncation,
+        "shrink": proposal.shrink,
+        "rule": ", ".join(proposal.rules),
+        "energy": proposal.energy,
+        "group": candidate.group,
+    }
+
+
 def _line(candidate: Candidate, guards: Sequence[str]) -> LedgerLine:
-    proposal, alone, composed = candidate.proposal, candidate.alone, candidate.composed
-    prediction = candidate.prediction
+    alone, composed, prediction = candidate.alone, candidate.composed, candidate.prediction
     return LedgerLine(
         address=candidate.address,
-        layer=proposal.matrix.layer,
-        kind=proposal.matrix.kind,
-        rank=proposal.rank,
-        full_rank=proposal.matrix.full_rank,
-        truncation=proposal.truncation,
-        shrink=proposal.shrink,
-        rule=", ".join(proposal.rules),
-        energy=proposal.energy,
-        snr=proposal.noise_ratio,
+        **_description(candidate),
+        snr=candidate.proposal.noise_ratio,
         predicted_change=prediction.mean if prediction else None,
         predicted_standard_error=prediction.standard_error if prediction else None,
         predicted_with_fisher=prediction.change if prediction else None,
@@ -293,7 +293,6 @@ def _line(candidate: Candidate, guards: Sequence[str]) -> LedgerLine:
         composed_standard_error=composed.standard_error if composed else None,
         composed_z=composed.z if composed else None,
         guards={label: pairs.comparison.z for label, pairs in zip(guards, candidate.guards, strict=False)},
-        group=candidate.group,
         decision=candidate.verdict,
         accepted=candidate.is_accepted,
     )

@@ -124,9 +124,9 @@ class Search:
             accepted, held_out, objection = yield from self._confirm(composition)
             first_objection = first_objection or objection
             if accepted or not composition.accepted:
-                gone += composition.accepted[len(accepted) :]
                 break
             gone += composition.accepted[: composition.steps[0]]
+        gone += composition.accepted[len(accepted) :]
         figures = yield from self._figures(accepted, held_out)
         known = {c.reduction: c for c in verdicts} | {
             c.reduction: c.judged(verdict="taken back") for c in gone

@@ -1,7 +1,7 @@
 """The units that write the result: one per weight file, and one for everything beside the weights.
 
-A reduced matrix is computed again from the stored one and the directions that the search measured it with, so the
-result is what was measured. Everything else is copied as bytes.
+A reduced matrix is computed again from the stored one and the directions that the search measured it with, so a dense
+result is what was measured; the two factors of a factored one are rounded each. Everything else is copied as bytes.
 """
 
 from __future__ import annotations
