@@ -15,7 +15,7 @@ from aidocks.evaluate.texts import Split, TextSource, choose_chunks, divide
 from aidocks.plan import UnitContext
 
 # Logits are the largest activation: this bounds them to 200 MB in fp32 for a vocabulary of 49 thousand.
-_TOKENS_PER_BATCH = 1024
+TOKENS_PER_BATCH = 1024
 
 
 class Chunks(NamedTuple):
@@ -109,7 +109,7 @@ class CausalLM:
 
 def batches(tokens_CT: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Split chunks [C, T] into batches [B, T] of at most 1024 tokens, or of one chunk where that is longer."""
-    return torch.split(tokens_CT, max(1, _TOKENS_PER_BATCH // tokens_CT.shape[1]))
+    return torch.split(tokens_CT, max(1, TOKENS_PER_BATCH // tokens_CT.shape[1]))
 
 
 def evaluation_dtype(stored: torch.dtype, device: str) -> torch.dtype:

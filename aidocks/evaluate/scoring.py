@@ -19,13 +19,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn import functional
 
+from aidocks.evaluate.causal_lm import TOKENS_PER_BATCH
 from aidocks.evaluate.objectives import LEAST_ITEMS, ObjectiveSource, Part
 from aidocks.evaluate.tokens import Encoded, encode_chunks, encode_records
 from aidocks.plan import WorkerCache
 from aidocks.specs.objective import Metric
 
-# Logits are the largest activation: this bounds them to 200 MB in fp32 for a vocabulary of 49 thousand.
-_TOKENS_PER_BATCH = 1024
 # Logits in fp32 that a core's cache holds (2 MB).
 _VALUES_AT_ONCE = 1 << 19
 #: Shares of the items after which a sequential test looks; no batch goes beyond such a place.
@@ -219,7 +218,7 @@ def _groups(items: Sequence[Encoded]) -> Iterator[list[Encoded]]:
     group: list[Encoded] = []
     rows = longest = 0
     for item in items:
-        if group and (rows + len(item.rows)) * max(longest, item.longest) > _TOKENS_PER_BATCH:
+        if group and (rows + len(item.rows)) * max(longest, item.longest) > TOKENS_PER_BATCH:
             yield group
             group, rows, longest = [], 0, 0
         group.append(item)

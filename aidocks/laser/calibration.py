@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -30,8 +29,6 @@ from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 
 if TYPE_CHECKING:
     import torch
-
-    from aidocks.laser.workbench import Slot
 
 #: Columns of a block of the outer product. Blocks below the diagonal are mirrored instead of computed.
 _BLOCK = 256
@@ -263,6 +260,8 @@ def linear_layers(network: Any, addresses: Iterable[str]) -> dict[str, Any]:
     """Return address -> torch.nn.Linear for those matrices that are the whole weight of one, and of it alone."""
     import torch
 
+    from aidocks.laser.workbench import locate_all
+
     users: dict[int, list[Any]] = {}
     for module in network.modules():
         for parameter in module.parameters(recurse=False):
@@ -274,22 +273,6 @@ def linear_layers(network: Any, addresses: Iterable[str]) -> dict[str, Any]:
         if len(modules) == 1 and type(modules[0]) is torch.nn.Linear:
             found[address] = modules[0]
     return found
-
-
-def locate_all(network: Any, addresses: Iterable[str]) -> dict[str, Slot]:
-    """Return where a network keeps matrices, in order; its parameters are looked up once for all of them.
-
-    Raises:
-        IncompatibleModels: As :func:`aidocks.laser.workbench.locate`.
-    """
-    from aidocks.laser.workbench import locate
-
-    known = SimpleNamespace(
-        base_model_prefix=network.base_model_prefix,
-        named_parameters=dict(network.named_parameters()).copy,
-        named_buffers=dict(network.named_buffers()).copy,
-    )
-    return {address: locate(known, address) for address in addresses}
 
 
 def add_outer(c_II: torch.Tensor, x_TI: torch.Tensor) -> None:

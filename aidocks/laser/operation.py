@@ -26,7 +26,7 @@ from aidocks.laser.checks import (
 from aidocks.laser.ledger import LedgerLine
 from aidocks.laser.matrices import Matrix
 from aidocks.laser.report import WriteReport, choose_pictured, scores_of, sections
-from aidocks.laser.scan import ScanMatrix
+from aidocks.laser.scan import scan_units
 from aidocks.laser.search import Findings, Search
 from aidocks.laser.selection import Candidate
 from aidocks.laser.writing import ChooseFactors, writing_units
@@ -167,14 +167,8 @@ class _Publication:
             z_threshold=self._spec.z_threshold,
             lines=lines,
             spectra=self._findings.spectra,
-            pictured=tuple(
-                ScanMatrix(
-                    checkpoint=self._checkpoint.path,
-                    matrix=matrix,
-                    file_sha256=self._findings.file_hashes[self._checkpoint.entries[matrix.name].file.name],
-                    cache_dir=self._context.cache_dir,
-                )
-                for matrix in pictured
+            pictured=scan_units(
+                self._checkpoint, pictured, self._findings.file_hashes, self._context.cache_dir
             ),
             scores=scores_of(result),
             taken_back_because=result.taken_back_because,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -138,6 +138,34 @@ class ScanMatrix(Unit[MatrixSpectrum]):
             values_N = compute_values(entry, self.matrix, context.device)
             _keep(self.kept_at, values_N)
         return values_N
+
+
+def scan_units(
+    checkpoint: Checkpoint,
+    matrices: Iterable[Matrix],
+    file_hashes: Mapping[str, str],
+    cache_dir: Path,
+    keeps: tuple[float, ...] = (),
+) -> tuple[ScanMatrix, ...]:
+    """Return the units that scan matrices of a checkpoint, in their order.
+
+    Args:
+        checkpoint: The model.
+        matrices: Some of it.
+        file_hashes: SHA-256 of the weight files by name.
+        cache_dir: Where singular values are kept.
+        keeps: See :class:`ScanMatrix`.
+    """
+    return tuple(
+        ScanMatrix(
+            checkpoint=checkpoint.path,
+            matrix=matrix,
+            file_sha256=file_hashes[checkpoint.entries[matrix.name].file.name],
+            cache_dir=cache_dir,
+            keeps=keeps,
+        )
+        for matrix in matrices
+    )
 
 
 def compute_values(entry: TensorEntry, matrix: Matrix, device: str = "cpu") -> Values:

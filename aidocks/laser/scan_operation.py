@@ -26,7 +26,7 @@ from aidocks.laser.layer_lists import (
     unfrozen_yaml,
 )
 from aidocks.laser.matrices import Matrix, find_matrices, select_matrices
-from aidocks.laser.scan import MatrixSpectrum, ScanMatrix, open_checkpoint
+from aidocks.laser.scan import MatrixSpectrum, ScanMatrix, open_checkpoint, scan_units
 from aidocks.models.hub import FetchModel
 from aidocks.plan import Operation, Plan, PlanContext, Stage, Unit, UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.base import OperationResult, Spec
@@ -89,19 +89,10 @@ def scan(
         keeps: See :class:`ScanMatrix`.
         cache_dir: Where singular values are kept.
     """
-    units = [
-        ScanMatrix(
-            checkpoint=checkpoint.path,
-            matrix=matrix,
-            file_sha256=file_hashes[checkpoint.entries[matrix.name].file.name],
-            cache_dir=cache_dir,
-            keeps=keeps,
-        )
-        for matrix in matrices
-    ]
+    units = scan_units(checkpoint, matrices, file_hashes, cache_dir, keeps)
     # Longest first, so that no worker is left with a long one at the end.
-    units.sort(key=lambda unit: (-unit.weight, unit.matrix.order))
-    spectra = yield Stage("scan", tuple(units))
+    ordered = sorted(units, key=lambda unit: (-unit.weight, unit.matrix.order))
+    spectra = yield Stage("scan", tuple(ordered))
     return tuple(sorted(spectra, key=lambda spectrum: spectrum.matrix.order))
 
 
@@ -309,15 +300,7 @@ def _write(
     )
 
     def scans(chosen: Sequence[Matrix]) -> tuple[ScanMatrix, ...]:
-        return tuple(
-            ScanMatrix(
-                checkpoint=checkpoint.path,
-                matrix=matrix,
-                file_sha256=hashes.files[checkpoint.entries[matrix.name].file.name],
-                cache_dir=context.cache_dir,
-            )
-            for matrix in chosen
-        )
+        return scan_units(checkpoint, chosen, hashes.files, context.cache_dir)
 
     drawings = tuple(
         DrawSpectra(file=directory / name, pictured=scans(chosen)) for name, chosen in pictures.items()

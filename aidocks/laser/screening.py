@@ -287,7 +287,7 @@ class _Tape:
 
     def attached(self) -> ExitStack:
         """Return the context in which passes are recorded; it leaves the model as it was."""
-        from aidocks.laser.calibration import locate_all
+        from aidocks.laser.workbench import locate_all
 
         stack = ExitStack()
         for parameter in self._network.parameters():

@@ -205,7 +205,7 @@ class Search:
         return [
             candidate.judged(prediction=predictions[cut], merit=merits[cut])
             for candidate in candidates
-            if (cut := _cut(candidate.reduction)) in merits
+            if (cut := cut_of(candidate.reduction)) in merits
         ]
 
     def _decompose(self, proposals: Sequence[Proposal]) -> Generator[Stage, list[Any], list[Candidate]]:
@@ -221,12 +221,11 @@ class Search:
         units = tuple(self._decomposition_unit(wanted[key], key[1], covariances) for key in order)
         made: list[Decomposition] = (yield Stage("decompose", units)) if units else []
         bases = dict(zip(order, made, strict=True))
-        found: dict[tuple[str, int, str, bool], Candidate] = {}
+        found: dict[Cut, Candidate] = {}
         for proposal in proposals:
-            basis = bases[proposal.matrix.address, proposal.truncation]
+            candidate = _candidate(proposal, bases[proposal.matrix.address, proposal.truncation])
             # Where nothing is known of the inputs, both truncations are the same.
-            key = (proposal.matrix.address, proposal.rank, basis.truncation, proposal.shrink)
-            found.setdefault(key, _candidate(proposal, basis))
+            found.setdefault(cut_of(candidate.reduction), candidate)
         return list(found.values())
 
     def _measure(self, candidates: Sequence[Candidate]) -> Generator[Stage, list[Any], list[Candidate]]:
@@ -319,13 +318,9 @@ def _candidate(proposal: Proposal, basis: Decomposition) -> Candidate:
     return Candidate(proposal=proposal, reduction=reduction)
 
 
-def _cut(reduction: Reduction) -> Cut:
-    return reduction.address, reduction.truncation, reduction.rank, reduction.shrink
-
-
 def _screen_candidates(candidates: Sequence[Candidate]) -> tuple[ScreenCandidate, ...]:
     """Return what a gradient pass is asked: every basis once, with all cuts that it serves."""
-    reductions = sorted((candidate.reduction for candidate in candidates), key=_cut)
+    reductions = sorted((candidate.reduction for candidate in candidates), key=cut_of)
     return tuple(
         ScreenCandidate(
             address=address,

@@ -178,9 +178,9 @@ def order_proposals(proposals: Sequence[Proposal], spec: LaserSpec) -> list[Prop
 Cut = tuple[str, Truncation, int, bool]
 
 
-def cut_of(prediction: Prediction) -> Cut:
-    """Return the reduction that a prediction is of."""
-    return prediction.address, prediction.truncation, prediction.rank, prediction.shrink
+def cut_of(told: Prediction | Reduction) -> Cut:
+    """Return what tells a reduction, or what a prediction is of, from all others."""
+    return told.address, told.truncation, told.rank, told.shrink
 
 
 def merits_of(predictions: Sequence[Sequence[Prediction]]) -> dict[Cut, float]:

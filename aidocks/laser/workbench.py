@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,16 +252,25 @@ def _same(loaded: torch.Tensor, stored: torch.Tensor) -> bool:
 
 
 def locate(network: Any, address: str) -> Slot:
-    """Return where a loaded network keeps a matrix of its checkpoint.
+    """Return where a loaded network keeps a matrix of its checkpoint; see :func:`locate_all`."""
+    return locate_all(network, (address,))[address]
+
+
+def locate_all(network: Any, addresses: Iterable[str]) -> dict[str, Slot]:
+    """Return where a network keeps matrices, in order; its parameters are looked up once for all of them.
 
     Raises:
-        IncompatibleModels: When transformers keeps this matrix in a form that is not known here.
+        IncompatibleModels: When transformers keeps a matrix in a form that is not known here.
     """
     parameters = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {address: _find(parameters, network.base_model_prefix, address) for address in addresses}
+
+
+def _find(parameters: Mapping[str, torch.Tensor], prefix: str, address: str) -> Slot:
     name, expert = parse_address(address)
     for spelling in (
         name,
-        f"{network.base_model_prefix}.{name}",
+        f"{prefix}.{name}",
         name.replace(".block_sparse_moe.", ".mlp."),
     ):
         found = parameters.get(spelling)

@@ -23,11 +23,11 @@ from aidocks.laser.calibration import (
     collect_moments,
     linear_layers,
     load_covariance,
-    locate_all,
     mirror,
     moments_bytes,
 )
 from aidocks.laser.matrices import Matrix, find_matrices
+from aidocks.laser.workbench import locate_all
 from aidocks.plan import UnitContext
 
 TEXT = ObjectiveSource(
