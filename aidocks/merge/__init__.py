@@ -1,0 +1,1 @@
+"""Merging models: published formulas, streamed through blocks of tensors, one output file after another."""

@@ -1,0 +1,131 @@
+"""What a merge method is, and the ones that there are."""
+
+from __future__ import annotations
+
+import importlib
+import keyword
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal
+
+from aidocks.errors import InvalidSpec
+
+if TYPE_CHECKING:
+    from aidocks.merge.inputs import Inputs, Merged
+
+#: What a request may give as the value of a parameter.
+Value = float | int | bool | str
+#: Whose parameter it is: one for the tensor, one for every model but the base, one for every input.
+Scope = Literal["tensor", "model", "input"]
+#: Whether a method has a base: it must, it may, it treats it like any other model.
+BasePolicy = Literal["required", "optional", "none"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method.
+
+    Attributes:
+        name: As a request writes it.
+        kind: Its type.
+        default: None where there is none, and it has to be given.
+        scope: Whose it is.
+        at_least: Smallest value of a number.
+        at_most: Largest value of a number.
+        description: For people.
+    """
+
+    name: str
+    kind: type[float] | type[int] | type[bool]
+    default: Value | None = None
+    scope: Scope = "tensor"
+    at_least: float | None = None
+    at_most: float | None = None
+    description: str = ""
+
+    @property
+    def argument(self) -> str:
+        """The name of the function's argument: with an underscore where Python uses the word (``lambda_``)."""
+        return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method.
+
+    Attributes:
+        name: As a request writes it.
+        function: Called with the inputs of a tensor and, by name, the parameters: those of scope ``tensor`` as they
+            are, the others as a tuple in the order of the models or inputs. Returns the merged tensor.
+        parameters: In the order in which people read them.
+        base: Whether it has a base.
+        models: Smallest and largest number of models, the base not counted (with ``base="none"``: of inputs).
+            None for no limit.
+        is_random: Whether it draws random numbers.
+        summary: First line of its docstring.
+    """
+
+    name: str
+    function: Callable[..., Merged]
+    parameters: tuple[Parameter, ...] = ()
+    base: BasePolicy = "none"
+    models: tuple[int, int | None] = (1, None)
+    is_random: bool = False
+    summary: str = ""
+
+    def apply(self, inputs: Inputs, values: Mapping[str, Any]) -> Merged:
+        """Return the merged tensor in blocks; ``values`` holds every parameter by its name."""
+        return self.function(inputs, **{p.argument: values[p.name] for p in self.parameters})
+
+
+_methods: dict[str, Method] = {}
+
+
+def merge_method(
+    name: str,
+    *parameters: Parameter,
+    base: BasePolicy = "none",
+    models: tuple[int, int | None] = (1, None),
+    is_random: bool = False,
+) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
+    """Make a function a merge method that requests can name; see :class:`Method`."""
+
+    def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
+        summary = (function.__doc__ or "").strip().partition("\n")[0]
+        _methods[name] = Method(name, function, parameters, base, models, is_random, summary)
+        return function
+
+    return register
+
+
+def find_method(name: str, *, field: str | None = "merge_method") -> Method:
+    """Return the method of a name.
+
+    Raises:
+        InvalidSpec: There is none; lists those that there are, and the closest.
+    """
+    methods = known_methods()
+    if name not in methods:
+        close = get_close_matches(name, methods, n=1)
+        raise InvalidSpec(
+            f"There is no merge method {name!r}.",
+            field=field,
+            value=name,
+            hint=(f"Did you mean {close[0]!r}? " if close else "") + f"Methods: {', '.join(methods)}.",
+        )
+    return methods[name]
+
+
+@cache
+def known_methods() -> Mapping[str, Method]:
+    """Return all methods by name: ours, and those of packages that declare an entry point `aidocks.merge_methods`."""
+    package = importlib.import_module("aidocks.merge.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    for point in entry_points(group="aidocks.merge_methods"):
+        point.load()
+    return dict(sorted(_methods.items()))
