@@ -10,6 +10,7 @@ from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import parse_size
+from aidocks.evaluate.comparison import model_perplexities
 from aidocks.evaluate.domains import DomainResults, MeasureDomains
 from aidocks.models.manifest import Parent
 from aidocks.models.parents import describe_members, parent_units
@@ -25,13 +26,13 @@ from aidocks.moe.report import (
     card_sections,
     expert_shares,
     find_warnings,
-    model_perplexities,
     warn_of_parallel_rows,
 )
 from aidocks.moe.target import plan_target
 from aidocks.plan import Plan, PlanContext, Stage, WrittenFiles
 from aidocks.specs.moe import LEARNED_MODES, PROMPT_MODES, RANDOM_MODES, MoESpec, SharedExpertSpec
-from aidocks.specs.moe_result import ModelPerplexity, MoEResult
+from aidocks.specs.moe_result import MoEResult
+from aidocks.specs.perplexities import ModelPerplexity
 
 #: Room beside the weights: tokenizer, router rows, pictures.
 _BESIDE_WEIGHTS_BYTES = 64 << 20

@@ -138,8 +138,8 @@ class CheckMoE(Unit[Routing]):
     def _write_report(
         self, traffic: Sequence[Traffic], load_LE: torch.Tensor, aux_L: torch.Tensor
     ) -> Iterator[OutputFile]:
+        from aidocks.evaluate.comparison import shown
         from aidocks.moe import figures
-        from aidocks.moe.report import shown
 
         names = [shown(name) for name in self.expert_names]
         domains = [domain.name for domain in self.domains]

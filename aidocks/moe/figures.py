@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from aidocks.moe.report import WORST_CONDITION, TrainingPoint, own_expert, significant, text_title
+from aidocks.evaluate.figures import short_name
+from aidocks.moe.report import WORST_CONDITION, TrainingPoint, own_expert, text_title
 from aidocks.picture import png
-from aidocks.specs.moe_result import ModelPerplexity
 
-_LONGEST_NAME = 28
 _SHARE, _COSINE = "YlGnBu", "RdBu_r"
 _GREY, _RED, _BLUE, _AMBER, _GREEN = "#8a97a3", "#c0392b", "#1f4e79", "#b8860b", "#2e7d32"
 #: Beyond these a picture is no longer read: what is left out is said, and is in the report's numbers.
@@ -146,7 +145,7 @@ def draw_gates(
     image = left.imshow(mean_EE, aspect="auto", cmap=_COSINE, vmin=-1, vmax=1)
     ticks = range(0, experts, ceil(experts / 32))
     left.set_xticks(ticks, ticks, fontsize=7)
-    left.set_yticks(ticks, [f"{i}  {_short(names[i])}" for i in ticks], fontsize=7)
+    left.set_yticks(ticks, [f"{i}  {short_name(names[i])}" for i in ticks], fontsize=7)
     left.set_title("Cosine of router rows, mean over layers", fontsize=8)
     if experts <= 12:
         for (i, j), cosine in np.ndenumerate(mean_EE):
@@ -172,91 +171,6 @@ def _draw_condition(axes: Any, condition: Sequence[float | None]) -> None:
     axes.tick_params(labelsize=7)
     axes.set_xlabel("layer (red: rows are dependent)" if dependent else "layer", fontsize=7)
     axes.set_title("Condition number of the rows (1 is best)", fontsize=8)
-
-
-def draw_perplexities(models: Sequence[ModelPerplexity], names: Sequence[str]) -> bytes:
-    """Draw the perplexity of every model on every text, one panel a text with an axis of its own.
-
-    Args:
-        models: Base, experts, average and MoE, each with the same domains.
-        names: Of the experts.
-    """
-    experts = [model for model in models if own_expert(model.model) is not None]
-    hidden = {model.model for model in experts[_MOST_EXPERTS:]}
-    models = [model for model in models if model.model not in hidden]
-    domains = models[0].domains[:_MOST_PANELS]
-    columns = len(domains) if len(domains) <= 3 else 2 if len(domains) == 4 else 3
-    rows = ceil(len(domains) / columns)
-    size = (1.6 + 2.7 * columns, 0.6 + (0.75 + 0.17 * len(models)) * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for number, axes in enumerate(grid.flat):
-        if number >= len(domains):
-            axes.set_axis_off()
-            continue
-        _draw_domain(axes, models, number)
-        labels = [_row_title(model.model, names) for model in models]
-        axes.set_yticks(
-            range(len(models)), labels if number % columns == 0 else [""] * len(models), fontsize=7
-        )
-    left_out = [f"{len(hidden)} more experts"] * bool(hidden)
-    left_out += [f"{len(models[0].domains) - len(domains)} more texts"] * (
-        len(models[0].domains) > len(domains)
-    )
-    title = [
-        "Perplexity, lower is better",
-        "bars: standard error; line: plain average; star: the text's own expert",
-    ]
-    if left_out:
-        title.append(f"{' and '.join(left_out)} are not drawn")
-    figure.suptitle("\n".join(title), fontsize=8)
-    return png(figure)
-
-
-def _draw_domain(axes: Any, models: Sequence[ModelPerplexity], number: int) -> None:
-    """Draw one text: a row a model, its number at the right border."""
-    domain = models[0].domains[number].domain
-    values = []
-    for row, model in enumerate(models):
-        measured = model.domains[number]
-        colors = {"base": _GREY, "average": _AMBER, "moe": _GREEN}
-        text, weight = "not finite", "bold" if model.model == "moe" else "normal"
-        if measured.perplexity is not None:
-            values.append(measured.perplexity)
-            text = significant(measured.perplexity, 4)
-            axes.errorbar(
-                measured.perplexity,
-                row,
-                xerr=measured.standard_error,
-                fmt="*" if model.model == domain else "o",
-                markersize=7 if model.model == domain else 4,
-                color=colors.get(model.model, _BLUE),
-                elinewidth=0.8,
-            )
-            if model.model == "average":
-                axes.axvline(measured.perplexity, color=_AMBER, linewidth=0.6, zorder=0)
-        axes.text(
-            1.02, row, text, transform=axes.get_yaxis_transform(), fontsize=6, va="center", weight=weight
-        )
-    axes.set_ylim(len(models) - 0.5, -0.5)
-    axes.set_title(text_title(domain), fontsize=8)
-    axes.tick_params(labelsize=6, length=2)
-    if values and max(values) > 4 * min(values):
-        axes.set_xscale("log")
-        low, high = axes.get_xlim()
-        steps = (1, 10) if high > 500 * low else (1, 2, 5)
-        ticks = [s * 10.0**e for e in range(-1, 300) for s in steps if low <= s * 10.0**e <= high and s < 10]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-
-
-def _row_title(model: str, names: Sequence[str]) -> str:
-    number = own_expert(model)
-    if number is None:
-        return {"moe": "MoE", "average": "plain average"}.get(model, model)
-    return f"{number}  {_short(names[number])}"
 
 
 def draw_training(points: Sequence[TrainingPoint]) -> bytes:
@@ -285,7 +199,7 @@ def draw_training(points: Sequence[TrainingPoint]) -> bytes:
 
 def _numbered(names: Sequence[str], per_line: int) -> str:
     """Return `0 name   1 name ...` in lines of limited length."""
-    items = [f"{number} {_short(name)}" for number, name in enumerate(names[:_MOST_NAMES])]
+    items = [f"{number} {short_name(name)}" for number, name in enumerate(names[:_MOST_NAMES])]
     if len(names) > _MOST_NAMES:
         items.append(f"… {len(names) - 1}")
     lines = [""]
@@ -294,9 +208,3 @@ def _numbered(names: Sequence[str], per_line: int) -> str:
             lines.append("")
         lines[-1] += f"    {item}" if lines[-1] else item
     return "\n".join(lines)
-
-
-def _short(name: str) -> str:
-    # A dollar sign would begin a formula.
-    name = name.replace("$", r"\$")
-    return name if len(name) <= _LONGEST_NAME else f"…{name[-_LONGEST_NAME:]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,18 +13,21 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import write_bytes, write_text
-from aidocks.evaluate.domains import DomainResults
-from aidocks.evaluate.texts import Domain
+from aidocks.evaluate.comparison import (
+    MOST_COLUMNS,
+    perplexity_section,
+    plus_minus,
+    shown,
+)
 from aidocks.models.manifest import Section, Table
 from aidocks.moe.check import Routing
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.moe_result import (
-    DomainPerplexity,
     ExpertShare,
     GateTraining,
-    ModelPerplexity,
     MoEResult,
 )
+from aidocks.specs.perplexities import ModelPerplexity
 
 #: Rows whose condition number is above this hardly tell experts apart.
 WORST_CONDITION = 5.0
@@ -33,8 +35,6 @@ WORST_CONDITION = 5.0
 LEAST_PART = 0.1
 #: Perplexities that differ by less than this part are called equal: copies of one model differ by rounding.
 _EQUAL = 1e-3
-#: Columns of a table on the model card, at most; the rest is in the report's files.
-_MOST_COLUMNS = 12
 
 
 class TrainingPoint(BaseModel):
@@ -72,12 +72,6 @@ def text_title(domain: str) -> str:
     return "common text" if domain == "text" else domain
 
 
-def shown(reference: str) -> str:
-    """Return a model reference without the directories of this machine: reports are made to be published."""
-    is_path = reference.startswith(("/", ".", "~"))
-    return (Path(reference).name or reference) if is_path else reference
-
-
 def expert_shares(routing: Routing, references: Sequence[str]) -> tuple[ExpertShare, ...]:
     """Summarise the routing expert by expert.
 
@@ -106,34 +100,6 @@ def expert_shares(routing: Routing, references: Sequence[str]) -> tuple[ExpertSh
             )
         )
     return tuple(shares)
-
-
-def model_perplexities(
-    subjects: Sequence[tuple[str, str]], results: Sequence[DomainResults], domains: Sequence[Domain]
-) -> tuple[ModelPerplexity, ...]:
-    """Bring what was measured into the form of the result.
-
-    Args:
-        subjects: (`base`, `experts[i]`, `average` or `moe`; its reference) of every model.
-        results: Of every model, in the same order.
-        domains: Those that each of them was measured on.
-    """
-    return tuple(
-        ModelPerplexity(
-            model=model,
-            reference=reference,
-            domains=tuple(
-                DomainPerplexity(
-                    domain=domain.name,
-                    perplexity=measured.perplexity,
-                    standard_error=measured.standard_error,
-                    tokens=measured.total_tokens,
-                )
-                for domain, measured in zip(domains, found.results, strict=True)
-            ),
-        )
-        for (model, reference), found in zip(subjects, results, strict=True)
-    )
 
 
 def find_warnings(
@@ -201,22 +167,6 @@ def _warn_of_losses(perplexities: Sequence[ModelPerplexity]) -> list[str]:
     return found
 
 
-def plus_minus(measured: DomainPerplexity) -> str:
-    """Return `8.640 ± 0.31`."""
-    if measured.perplexity is None:
-        return "not finite"
-    error = "" if measured.standard_error is None else f" ± {significant(measured.standard_error, 2)}"
-    return significant(measured.perplexity, 4) + error
-
-
-def significant(value: float, digits: int) -> str:
-    """Return a number that is not negative with so many digits that count, as people write it: `10.00`, `29,720`."""
-    if value >= 1e9:
-        return f"{value:.{digits - 1}e}"
-    whole = math.floor(math.log10(value)) + 1 if value > 0 else 1
-    return f"{round(value, digits - whole):,.{max(0, digits - whole)}f}"
-
-
 def card_sections(result: MoEResult) -> tuple[Section, ...]:
     """Return what the model card tells: warnings, perplexities, and which expert serves what."""
     sections = []
@@ -230,31 +180,12 @@ def card_sections(result: MoEResult) -> tuple[Section, ...]:
 
 
 def _perplexity_section(result: MoEResult) -> Section:
-    models, domains = result.perplexities, result.perplexities[0].domains[:_MOST_COLUMNS]
-    best = set()
-    for column in range(len(domains)):
-        values = [model.domains[column].perplexity for model in models]
-        known = [value for value in values if value is not None]
-        best |= {(row, column + 1) for row, value in enumerate(values) if known and value == min(known)}
-    text = [
-        "Lower is better; ± is the standard error over chunks of held-out text. The best of a column is bold."
-    ]
-    left_out = len(models[0].domains) - len(domains)
-    if left_out:
-        text.append(f"{left_out} more texts are in report/report.json.")
-    if result.training:
-        text.append(_training_text(result.training))
-    return Section(
-        title="Perplexity",
-        text=tuple(text),
-        table=Table(
-            header=("model", *(text_title(part.domain) for part in domains)),
-            rows=tuple(
-                (_model_title(model), *(plus_minus(part) for part in model.domains[:_MOST_COLUMNS]))
-                for model in models
-            ),
-            strong=tuple(sorted(best)),
-        ),
+    models = result.perplexities
+    return perplexity_section(
+        models,
+        [_model_title(model) for model in models],
+        [text_title(part.domain) for part in models[0].domains],
+        [_training_text(result.training)] if result.training else (),
     )
 
 
@@ -275,7 +206,7 @@ def _model_title(model: ModelPerplexity) -> str:
 
 
 def _routing_section(experts: Sequence[ExpertShare]) -> Section:
-    domains = list(experts[0].domains)[:_MOST_COLUMNS]
+    domains = list(experts[0].domains)[:MOST_COLUMNS]
     rows = [
         (
             f"{number}: {shown(share.source_model)}" + (" (dead)" if share.dead else ""),
@@ -335,20 +266,32 @@ class DrawReport(WritingUnit):
         return "report of what was measured"
 
     def run(self, context: UnitContext) -> WrittenFiles:
-        from aidocks.moe import figures
+        from aidocks.evaluate.figures import draw_perplexities
+        from aidocks.moe.figures import draw_training
 
         folder = self.directory / "report"
         folder.mkdir(parents=True, exist_ok=True)
         names = [shown(share.source_model) for share in self.experts]
         pictures = {}
         if self.perplexities:
-            pictures["perplexity.png"] = figures.draw_perplexities(self.perplexities, names)
+            pictures["perplexity.png"] = draw_perplexities(
+                self.perplexities,
+                [_row_title(model.model, names) for model in self.perplexities],
+                [text_title(part.domain) for part in self.perplexities[0].domains],
+            )
         if self.curve:
-            pictures["training.png"] = figures.draw_training(self.curve)
+            pictures["training.png"] = draw_training(self.curve)
         written = [write_bytes(folder / name, content) for name, content in pictures.items()]
         document = _without_paths(self.model_dump(mode="json", exclude={"directory"}))
         written.append(write_text(folder / "report.json", json.dumps(document, indent=1) + "\n"))
         return WrittenFiles(files=tuple(written))
+
+
+def _row_title(model: str, names: Sequence[str]) -> str:
+    number = own_expert(model)
+    if number is None:
+        return {"moe": "MoE", "average": "plain average"}.get(model, model)
+    return f"{number}  {names[number]}"
 
 
 def _without_paths(document: dict[str, Any]) -> dict[str, Any]:

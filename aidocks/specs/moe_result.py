@@ -6,31 +6,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.specs.base import ModelResult
 from aidocks.specs.moe import GateMode
+from aidocks.specs.perplexities import ModelPerplexity
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DomainPerplexity(_Part):
-    """Perplexity of one model on the chunks of one text; all models see the same chunks."""
-
-    domain: str = Field(
-        description="`experts[i]` for that expert's example texts, `text` for the common text."
-    )
-    perplexity: float | None = Field(description="None when the loss is not finite.")
-    standard_error: float | None = Field(description="Standard error of the perplexity over chunks.")
-    tokens: int = Field(description="Tokens that were predicted.")
-
-
-class ModelPerplexity(_Part):
-    """What one model was measured to be worth."""
-
-    model: str = Field(description="`base`, `experts[i]`, `average` (of all experts' weights) or `moe`.")
-    reference: str = Field(
-        description="The model reference of the request; the result's registry name for the MoE."
-    )
-    domains: tuple[DomainPerplexity, ...]
 
 
 class ExpertShare(_Part):

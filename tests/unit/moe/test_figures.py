@@ -10,9 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from aidocks.evaluate import figures as comparing
 from aidocks.moe import figures
 from aidocks.moe.report import TrainingPoint
-from aidocks.specs.moe_result import DomainPerplexity, ModelPerplexity
+from aidocks.specs.perplexities import DomainPerplexity, ModelPerplexity
 
 SIZES = [(1, 2, 2), (3, 5, 3), (4, 30, 3), (9, 32, 8), (9, 80, 8), (20, 12, 64)]
 
@@ -83,6 +84,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
             made.append(self)
 
     monkeypatch.setattr(figures, "Figure", Kept)
+    monkeypatch.setattr(comparing, "Figure", Kept)
     return made
 
 
@@ -100,7 +102,9 @@ def test_routing_and_balance(texts: int, layers: int, experts: int, drawn: list[
 
 @pytest.mark.parametrize(("texts", "experts"), [(1, 2), (2, 2), (4, 3), (9, 8), (16, 40)])
 def test_perplexities(texts: int, experts: int, drawn: list[Figure]) -> None:
-    require_sound(figures.draw_perplexities(models(experts, texts), names(experts)), drawn[-1])
+    compared = models(experts, texts)
+    titles = [model.model for model in compared]
+    require_sound(comparing.draw_perplexities(compared, titles, domains(texts)), drawn[-1])
     panels = [axes for axes in drawn[-1].axes if axes.get_title()]
     assert len(panels) == min(texts, 12)
     assert all(axes.get_xscale() == "log" for axes in panels)

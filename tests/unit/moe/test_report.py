@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aidocks.evaluate.comparison import model_perplexities, shown, significant
 from aidocks.evaluate.domains import DomainResults
 from aidocks.evaluate.perplexity import PerplexityResult
 from aidocks.evaluate.texts import Domain, TextSource
@@ -23,12 +24,10 @@ from aidocks.moe.report import (
     card_sections,
     expert_shares,
     find_warnings,
-    model_perplexities,
-    shown,
-    significant,
 )
 from aidocks.plan import UnitContext
-from aidocks.specs.moe_result import DomainPerplexity, GateTraining, ModelPerplexity, MoEResult
+from aidocks.specs.moe_result import GateTraining, MoEResult
+from aidocks.specs.perplexities import DomainPerplexity, ModelPerplexity
 
 REFERENCES = ("/secret/place/python", "org/math@main", "story")
 
