@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -147,15 +147,19 @@ class ShardWriter:
         finally:
             self._file.discard()
 
+    @property
+    def in_order(self) -> tuple[TensorPlan, ...]:
+        """The tensors as they lie in the file: written in this order, the file is hashed and stored meanwhile."""
+        return tuple(self._plans[name] for name in self._begins)
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Store a tensor, which must have the planned type and shape. Any device, any strides."""
-        import torch
-
         self._begin_tensor(name, from_torch(tensor.dtype), tuple(tensor.shape))
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            self._file.write(self._begins[name], flat.view(torch.uint8).numpy().data)
-        del self._missing[name]
+        self.copy_ranges(name, [_bytes_of(tensor)])
+
+    def write_blocks(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
+        """Store a tensor that comes in pieces, in order, together of the planned size and each of the planned type."""
+        self.copy_ranges(name, map(_bytes_of, blocks))
 
     def copy(self, name: str, entry: TensorEntry) -> None:
         """Copy a stored tensor's bytes as they are.
@@ -166,7 +170,7 @@ class ShardWriter:
         self._begin_tensor(name, entry.dtype, entry.shape)
         self.copy_ranges(name, [entry])
 
-    def copy_ranges(self, name: str, ranges: Sequence[TensorEntry | bytes]) -> None:
+    def copy_ranges(self, name: str, ranges: Iterable[TensorEntry | bytes | memoryview]) -> None:
         """Store byte ranges of files, and bytes at hand, one after another as one tensor.
 
         Raises:
@@ -176,7 +180,7 @@ class ShardWriter:
         self._begin_tensor(name, plan.dtype, plan.shape)
         position, end = self._begins[name], self._begins[name] + plan.nbytes
         for part in ranges:
-            if isinstance(part, bytes):
+            if isinstance(part, bytes | memoryview):
                 self._file.write(position, part)
                 position += len(part)
             else:
@@ -193,6 +197,13 @@ class ShardWriter:
         assert (dtype, shape) == (plan.dtype, plan.shape), (
             f"{name} is {dtype} {list(shape)}, planned as {plan.dtype} {list(plan.shape)}"
         )
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def write_index(directory: Path, shards: Sequence[ShardPlan]) -> tuple[OutputFile, ...]:

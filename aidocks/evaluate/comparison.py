@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from aidocks.evaluate.domains import DomainResults
@@ -63,6 +64,15 @@ def significant(value: float, digits: int) -> str:
         return f"{value:.{digits - 1}e}"
     whole = math.floor(math.log10(value)) + 1 if value > 0 else 1
     return f"{round(value, digits - whole):,.{max(0, digits - whole)}f}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return numbers in short: `0-3, 7`."""
+    ordered = sorted(set(numbers))
+    starts = [number for before, number in pairwise((-2, *ordered)) if number != before + 1]
+    ends = [number for number, after in pairwise((*ordered, -2)) if after != number + 1]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
 
 
 def perplexity_section(

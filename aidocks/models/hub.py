@@ -6,7 +6,7 @@ talks to the hub, at the moment it does: it is never part of a spec, a unit, an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from aidocks.checkpoints.files import UNFINISHED
 from aidocks.errors import HubRefused, UnknownModel, UnsafeCheckpoint
 from aidocks.models.manifest import MANIFEST_FILE
 from aidocks.models.resolve import HUB_DUPLICATES, HUB_FILES, parse_hub_id
-from aidocks.plan import Unit, UnitContext
+from aidocks.plan import PlanContext, Stage, Unit, UnitContext
 
 #: Welcome, but a model is complete without them.
 _PAPERS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -57,6 +57,16 @@ class FetchModel(Unit[FetchedModel]):
     def run(self, context: UnitContext) -> FetchedModel:
         path = fetch(self.reference, find_token())
         return FetchedModel(reference=self.reference, path=path, revision=path.name)
+
+
+def fetch_missing(
+    references: Iterable[str], context: PlanContext
+) -> Generator[Stage, list[FetchedModel], bool]:
+    """Yield the stage that downloads what is only on the hub; return whether that was anything."""
+    missing = sorted({reference for reference in references if context.resolver.needs_download(reference)})
+    if missing:
+        yield Stage("fetch", tuple(FetchModel(reference=reference) for reference in missing))
+    return bool(missing)
 
 
 class PublishToHub(Unit[PublishedModel]):

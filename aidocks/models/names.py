@@ -11,6 +11,9 @@ from aidocks.specs.base import NAME_PATTERN
 
 _MAX_PATH = 1024
 _MAX_PART = 255
+#: What a registry name may hold, and how much of it.
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+_LONGEST_NAME = 96
 # Encodings, escapes, schemes, control characters: none belongs in a name or a path. Refused, never decoded.
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\%?#]|[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
@@ -19,6 +22,17 @@ def is_model_name(text: str) -> bool:
     """Tell whether ``text`` could name a model of the registry."""
     # fullmatch, because `$` also matches before a newline at the end.
     return re.fullmatch(NAME_PATTERN.removeprefix("^").removesuffix("$"), text) is not None
+
+
+def derive_name(reference: str, operation: str, job_id: str) -> str:
+    """Return a registry name for what is made of a model: ``<its last part>-<operation>-<end of the job's id>``.
+
+    The beginning of a job's id is a time, which close jobs share.
+    """
+    suffix = f"-{operation}-{job_id[-8:]}"
+    last = reference.rstrip("/").rpartition("/")[2].partition("@")[0]
+    clean = _NOT_IN_NAMES.sub("-", last).lstrip("._-") or "model"
+    return clean[: _LONGEST_NAME - len(suffix)] + suffix
 
 
 def refuse_tricks(text: str, field: str | None = None) -> None:

@@ -6,21 +6,17 @@ load, run and picture the result -> measure it beside its parts -> publish.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Generator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from aidocks.checkpoints.writer import parse_size
+from aidocks.models.hub import fetch_missing, require_token
+from aidocks.models.names import derive_name
 from aidocks.models.publication import find_published, publish, upload
 from aidocks.moe.domains import resolve_texts
-from aidocks.plan import Operation, Plan, PlanContext, Stage
+from aidocks.plan import Operation, Plan, PlanContext
 from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.moe import MoESpec
 from aidocks.specs.moe_result import MoEResult
-
-#: What a registry name may hold, and how much of it, so that a suffix still fits.
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
-_LONGEST_NAME = 96
 
 
 class BuildMoE(Operation[MoESpec, MoEResult]):
@@ -30,7 +26,7 @@ class BuildMoE(Operation[MoESpec, MoEResult]):
     result_type: ClassVar[type[OperationResult]] = MoEResult
 
     def output_name(self, spec: MoESpec, job_id: str) -> str:
-        return spec.name or _derive_name(spec.base_model, job_id)
+        return spec.name or derive_name(spec.base_model, "moe", job_id)
 
     def inputs(self, spec: MoESpec) -> dict[str, str]:
         lists = {"experts": spec.experts, "shared_experts": spec.shared_experts}
@@ -45,8 +41,6 @@ class BuildMoE(Operation[MoESpec, MoEResult]):
         parse_size(spec.max_shard_size)
         resolve_texts(spec, None, None, context.resolver.allowed_roots)
         if spec.publish:
-            from aidocks.models.hub import require_token
-
             require_token()
         references = self.inputs(spec)
         resolver = context.resolver
@@ -63,7 +57,7 @@ class BuildMoE(Operation[MoESpec, MoEResult]):
         result = find_published(name, MoEResult, context)
         if result is None:
             references = self.inputs(spec)
-            fetched = yield from _fetch(references, context)
+            fetched = yield from fetch_missing(references.values(), context)
             from aidocks.moe.build import Build
 
             build = Build(spec, context, references)
@@ -72,21 +66,3 @@ class BuildMoE(Operation[MoESpec, MoEResult]):
             result = yield from build.run(name)
             result = publish(build.finished(result), "byo-moe", spec, result, context)
         return (yield from upload(result, spec))
-
-
-def _fetch(references: dict[str, str], context: PlanContext) -> Generator[Stage, list[Any], bool]:
-    """Download what is only on the hub; return whether that was anything."""
-    missing = sorted({ref for ref in references.values() if context.resolver.needs_download(ref)})
-    if missing:
-        from aidocks.models.hub import FetchModel
-
-        yield Stage("fetch", tuple(FetchModel(reference=reference) for reference in missing))
-    return bool(missing)
-
-
-def _derive_name(base: str, job_id: str) -> str:
-    """Return ``<base>-moe-<end of the job's id>`` (its beginning is a time, which close jobs share)."""
-    suffix = f"-moe-{job_id[-8:]}"
-    last = base.rstrip("/").rpartition("/")[2].partition("@")[0]
-    clean = _NOT_IN_NAMES.sub("-", last).lstrip("._-") or "model"
-    return clean[: _LONGEST_NAME - len(suffix)] + suffix

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +16,7 @@ from aidocks.evaluate.comparison import (
     MOST_COLUMNS,
     perplexity_section,
     plus_minus,
+    ranges,
     shown,
 )
 from aidocks.models.manifest import Section, Table
@@ -213,7 +213,7 @@ def _routing_section(experts: Sequence[ExpertShare]) -> Section:
             f"{share.load:.1%}",
             f"{share.weight:.1%}",
             *(f"{share.domains[domain]:.1%}" for domain in domains),
-            _ranges(share.preferred_layers) or "none",
+            ranges(share.preferred_layers) or "none",
             str(share.idle_layers),
         )
         for number, share in enumerate(experts)
@@ -241,14 +241,6 @@ def _routing_section(experts: Sequence[ExpertShare]) -> Section:
             strong=tuple(strong),
         ),
     )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return `0–3, 7`."""
-    starts = [number for before, number in pairwise((-2, *numbers)) if number != before + 1]
-    ends = [number for number, after in pairwise((*numbers, -2)) if after != number + 1]
-    pairs = zip(starts, ends, strict=True)
-    return ", ".join(str(start) if start == end else f"{start}–{end}" for start, end in pairs)
 
 
 class DrawReport(WritingUnit):

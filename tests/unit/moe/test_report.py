@@ -188,7 +188,7 @@ def test_the_card_shows_tables_and_warnings() -> None:
     assert shares.table is not None
     assert shares.table.rows[1][:3] == ("1: org/math@main", "55.0%", "55.0%")
     assert shares.table.rows[2][0] == "2: story (dead)"
-    assert shares.table.rows[1][-2:] == ("0–3", "0")
+    assert shares.table.rows[1][-2:] == ("0-3", "0")
     assert {len(row) for row in shares.table.rows} == {len(shares.table.header)}
     assert not card_sections(full_result(experts=(), perplexities=(), warnings=()))
 
