@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from aidocks.specs.laser import LaserSpec
     from aidocks.specs.laser_result import LaserResult
     from aidocks.specs.laser_scan import LaserScanResult, LaserScanSpec
+    from aidocks.specs.merge import MergeSpec
+    from aidocks.specs.merge_result import MergeResult
     from aidocks.specs.moe import ExpertSpec, MoESpec
     from aidocks.specs.moe_result import MoEResult
 
@@ -35,6 +37,8 @@ __all__ = [
     "LaserScanResult",
     "LaserScanSpec",
     "LaserSpec",
+    "MergeResult",
+    "MergeSpec",
     "MoEResult",
     "MoESpec",
     "__version__",
@@ -52,6 +56,8 @@ _MODULES = {
     "LaserScanResult": "aidocks.specs.laser_scan",
     "LaserScanSpec": "aidocks.specs.laser_scan",
     "LaserSpec": "aidocks.specs.laser",
+    "MergeResult": "aidocks.specs.merge_result",
+    "MergeSpec": "aidocks.specs.merge",
     "MoEResult": "aidocks.specs.moe_result",
     "MoESpec": "aidocks.specs.moe",
     "load_factored": "aidocks.laser.factored",

@@ -59,6 +59,14 @@ OPERATIONS = (
                  path="laser/scan"),
     Registration("byo-moe", "aidocks.specs.moe:MoESpec", "aidocks.moe.operation:BuildMoE",
                  "Build a Mixture-of-Experts from a base model and fine-tunes of it."),
+    Registration("merge", "aidocks.specs.merge:MergeSpec", "aidocks.merge.operation:Merge",
+                 "Merge models of one shape: SLERP, TIES, DARE and all that mergekit's files can say."),
+    Registration("merge-evolve", "aidocks.specs.merge_evolve:MergeEvolveSpec",
+                 "aidocks.merge.evolve_operation:MergeEvolve",
+                 "Search parameters of a merge by evolution, and keep what held-out data confirm.",
+                 path="merge/evolve"),
+    Registration("extract-lora", "aidocks.specs.extract_lora:ExtractLoraSpec", "aidocks.merge.extract:ExtractLora",
+                 "Extract the LoRA adapter that comes closest to making one model of another."),
 )  # fmt: skip
 
 

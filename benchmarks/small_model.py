@@ -33,9 +33,9 @@ def smol_experts() -> tuple[Path, tuple[Path, ...]]:
     """
     adapters = [data_dir(f"models/expert-smol-{domain}-lora") for domain in DOMAINS]
     root = scratch_dir() / "smol"
-    base = _made_once(root / "base", lambda target: _ignore(convert_gguf(locate_smollm2(), target)))
+    base = made_once(root / "base", lambda target: _ignore(convert_gguf(locate_smollm2(), target)))
     experts = tuple(
-        _made_once(root / f"expert-smol-{domain}", lambda target, a=adapter: merge_adapter(base, a, target))
+        made_once(root / f"expert-smol-{domain}", lambda target, a=adapter: merge_adapter(base, a, target))
         for domain, adapter in zip(DOMAINS, adapters, strict=True)
     )
     return base, experts
@@ -79,7 +79,8 @@ def merge_adapter(base: Path, adapter: Path, target: Path) -> None:
         copy_file(file, target / file.name)
 
 
-def _made_once(path: Path, make: Callable[[Path], None]) -> Path:
+def made_once(path: Path, make: Callable[[Path], None]) -> Path:
+    """Return a directory that ``make`` fills, and call it when there is none."""
     if not path.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

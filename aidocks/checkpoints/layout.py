@@ -13,6 +13,8 @@ from aidocks.checkpoints.writer import INDEX_FILE, SINGLE_FILE
 from aidocks.errors import CorruptCheckpoint, UnknownModel, UnsafeCheckpoint
 
 CONFIG_FILE = "config.json"
+#: What an adapter in the layout of PEFT consists of.
+ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SHARD_NAME = re.compile(r"[^/\\\0.][^/\\\0]{0,230}\.safetensors")
 _MAX_JSON_BYTES = 256 << 20
 #: Formats that are, or may hold, Python pickles: loading one can run code.
@@ -25,7 +27,7 @@ _STAYS = frozenset(
         CONFIG_FILE,
         INDEX_FILE,
         "aidocks.json",
-        "adapter_config.json",
+        ADAPTER_CONFIG_FILE,
         "all_results.json",
         "eval_results.json",
         "pytorch_model.bin.index.json",
@@ -91,8 +93,15 @@ def read_entries(directory: Path) -> dict[str, TensorEntry]:
     raise _no_weights(directory)
 
 
+def is_adapter(directory: Path) -> bool:
+    """Tell whether a directory holds an adapter rather than a model."""
+    return (directory / ADAPTER_CONFIG_FILE).is_file() and not (directory / CONFIG_FILE).is_file()
+
+
 def weights_present(directory: Path) -> bool:
-    """Tell whether every file of the weights is there, without reading any of them."""
+    """Tell whether every file of the weights, or of an adapter, is there, without reading any of them."""
+    if is_adapter(directory):
+        return (directory / ADAPTER_FILE).is_file()
     if not (directory / CONFIG_FILE).is_file():
         return False
     if (directory / SINGLE_FILE).is_file():
@@ -108,6 +117,20 @@ def weights_present(directory: Path) -> bool:
 def metadata_files(directory: Path) -> list[Path]:
     """Return what belongs beside new weights of the same model: tokenizer, template, licence and the like."""
     return sorted(path for path in directory.iterdir() if _travels(path.name) and path.is_file())
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    """Tell whether a file beside weights belongs to the tokenizer or its chat template."""
+    return path.suffix in (".model", ".tiktoken", ".jinja") or path.name in (
+        "added_tokens.json",
+        "chat_template.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    )
 
 
 def _travels(name: str) -> bool:
@@ -149,9 +172,10 @@ def _broken_index(directory: Path, flaw: str) -> CorruptCheckpoint:
 
 def _no_weights(directory: Path) -> Exception:
     names = sorted(path.name for path in directory.iterdir())
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG_FILE in names:
         return UnknownModel(
-            f"{directory.name} is an adapter, not a whole model.", hint="Merge it into its base model first."
+            f"{directory.name} is an adapter, not a whole model.",
+            hint="Merge it into its base model first: aidocks merge takes 'base+adapter' for a model.",
         )
     pickles = [name for name in names if Path(name).suffix in _PICKLES]
     if pickles:

@@ -144,7 +144,10 @@ def load(path: Path, dtype: str | None, device: str, tokenizer: Path | None = No
         CorruptCheckpoint: When it lacks weights, which transformers would fill with random numbers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    # Progress is told by who runs units, in lines of its own.
+    logging.disable_progress_bar()
     closed: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     _know_factored(path)
     try:

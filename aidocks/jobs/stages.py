@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from aidocks.jobs.store import JobStore
 
 PROGRESS_INTERVAL_S = 0.25
+#: Share of a stage's weight that must be done before the rest is estimated from it.
+_TELLING_SHARE = 1e-3
 #: How often a unit may lose its worker before it is taken to be the cause.
 WORKER_LOSSES = 3
 
@@ -210,8 +212,10 @@ class StageRun:
     def _progress(self, label: str | None) -> Progress:
         elapsed_s = time.monotonic() - self._begin
         count = len(self._results) - self._recalled
-        weight_per_s = (self._weight - self._recalled_weight) / elapsed_s if elapsed_s > 0 else 0.0
+        done = self._weight - self._recalled_weight
         left = max(0.0, self._total_weight - self._weight)
+        # What a small file took says nothing of the weights that are written meanwhile.
+        is_telling = done > _TELLING_SHARE * self._total_weight
         return Progress(
             stage=self._stage.name,
             stage_number=self._number,
@@ -220,7 +224,7 @@ class StageRun:
             fraction=min(1.0, self._weight / self._total_weight) if self._total_weight > 0 else 1.0,
             unit=label,
             units_per_s=round(count / elapsed_s, 4) if count and elapsed_s > 0 else None,
-            eta_s=round(left / weight_per_s, 2) if weight_per_s > 0 else None,
+            eta_s=round(left / done * elapsed_s, 2) if is_telling else None,
             elapsed_s=round(elapsed_s, 3),
         )
 

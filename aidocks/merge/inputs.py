@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import islice
+from functools import cache, cached_property, partial
+from itertools import combinations_with_replacement, islice
+from threading import Barrier
 from typing import TYPE_CHECKING, TypeVar
 
 from aidocks.errors import CorruptCheckpoint, IncompatibleModels
-from aidocks.merge.rows import MemoryRows, Rows, as_matrix
+from aidocks.merge.rows import Rows, as_matrix
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,9 @@ CollectedT = TypeVar("CollectedT")
 #: Values of a block: on a CPU what its caches hold, on a GPU what keeps it busy.
 BLOCK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
+#: Just below the size (32 MiB) from which on glibc no longer learns.
+_LARGE_BYTES = 31 << 20
+
 
 @dataclass(frozen=True)
 class Block:
@@ -37,7 +41,7 @@ class Block:
     Attributes:
         number: Counts the blocks of a tensor from 0.
         begin: Its first row.
-        values: One [R, C] for every input, in the type to compute in.
+        values: One [R, C] for every input, in the type to compute in. They are the method's own, to be overwritten.
         base_index: Which of them is the base's; None without one.
     """
 
@@ -116,14 +120,24 @@ class Inputs:
 
     def collect(self, of: Callable[[Block], CollectedT]) -> list[CollectedT]:
         """Return what ``of`` makes of each block, in order. It runs in several threads."""
-        return list(self._walk(of))
+        return list(self.walk(of))
 
     def sum(self, of: Callable[[Block], torch.Tensor]) -> torch.Tensor:
-        """Return the sum over all blocks of what ``of`` makes of them: float64, of its shape, on the CPU."""
+        """Return the sum over all blocks of what ``of`` makes of them, of its shape, on the CPU.
+
+        It is float64, of integers int64. No more than a few blocks' parts are held at once.
+        """
         import torch
 
-        parts = self.collect(lambda block: of(block).to("cpu", torch.float64))
-        return torch.stack(parts).sum(dim=0)
+        def part(block: Block) -> torch.Tensor:
+            made = of(block)
+            return made.to("cpu", torch.float64 if made.is_floating_point() else torch.int64)
+
+        total: torch.Tensor | None = None
+        for found in self.walk(part):
+            total = found if total is None else total.add_(found)
+        # A tensor without values has no blocks; what is made of one without rows has the shape.
+        return part(self._block(0, 0, 0)) if total is None else total
 
     def gram(self, of: Callable[[Block], Sequence[torch.Tensor]] | None = None) -> torch.Tensor:
         """Return the inner products of tensors with one another: float64 [N, N] on the CPU.
@@ -134,8 +148,9 @@ class Inputs:
         import torch
 
         def products(block: Block) -> torch.Tensor:
-            flat = [value.reshape(-1) for value in (of(block) if of else block.deltas)]
-            parts = [torch.dot(one, other) for i, one in enumerate(flat) for other in flat[i:]]
+            values = [value.reshape(-1) for value in (of(block) if of else block.deltas)]
+            # Not torch.dot: that adds up a whole block in one go, and errs by 1e-6 where this errs by 1e-8.
+            parts = [(one * other).sum() for one, other in combinations_with_replacement(values, 2)]
             return torch.stack(parts)
 
         upper = self.sum(products)
@@ -150,38 +165,48 @@ class Inputs:
 
         def make(block: Block) -> torch.Tensor:
             if not used:
-                return block.values[0].new_zeros(block.values[0].shape)
+                return block.values[0].zero_()
             (first, factor), *others = used
-            total = block.values[first] * factor if factor != 1 else block.values[first]
+            # What is multiplied by 1 is left alone: the same bits.
+            total = block.values[first].mul_(factor) if factor != 1 else block.values[first]
             for number, factor in others:
-                total = total.add(block.values[number], alpha=factor)
+                total.add_(block.values[number], alpha=factor)
             return total
 
         return self.map(make)
 
+    def combine_deltas(self, coefficients: Sequence[float]) -> Merged:
+        """Return the base and the sum of all deltas, each times its coefficient; without a base, the models' sum."""
+        all_coefficients = list(coefficients)
+        if self.base_index is not None:
+            all_coefficients.insert(self.base_index, 1 - sum(coefficients))
+        return self.combine(all_coefficients)
+
     def map(self, of: Callable[[Block], torch.Tensor]) -> Merged:
         """Return the merged tensor: block by block what ``of`` makes of the inputs. It runs in several threads."""
-        return self._walk(of)
+        return self.walk(of)
 
-    def _walk(self, of: Callable[[Block], CollectedT]) -> Iterator[CollectedT]:
+    def walk(self, of: Callable[[Block], CollectedT]) -> Iterator[CollectedT]:
+        """Yield what ``of`` makes of each block, in order, a few blocks ahead. It runs in several threads."""
+        from aidocks.laser.spectrum import one_thread
+
+        _keep_freed_memory()
         spans = list(enumerate(self.spans))
         if self.threads <= 1 or len(spans) <= 1:
             for number, span in spans:
-                yield of(self._block(number, *span))
+                with one_thread(self.device):
+                    made = of(self._block(number, *span))
+                yield made
             return
-        with ThreadPoolExecutor(self.threads, "aidocks-merge") as pool:
-            calls = (partial(lambda n, span: of(self._block(n, *span)), n, span) for n, span in spans)
-            yield from _ahead(pool, calls, 2 * self.threads)
+        calls = (partial(lambda n, span: of(self._block(n, *span)), n, span) for n, span in spans)
+        yield from _ahead(_walkers(self.threads), calls, 2 * self.threads)
 
     def _block(self, number: int, begin: int, end: int) -> Block:
         import torch
 
         dtype = getattr(torch, self.dtype)
-        # Copied also where the type is right: what was read is overwritten by the next block.
-        values = tuple(
-            rows.read(begin, end).to(self.device, dtype, copy=not isinstance(rows, MemoryRows))
-            for rows in self.rows
-        )
+        # Copied also where the type is right: what was read is the reader's, what is handed on the method's.
+        values = tuple(rows.read(begin, end).to(self.device, dtype, copy=True) for rows in self.rows)
         if number not in self._checked:
             self._require_finite(values)
             self._checked.add(number)
@@ -197,6 +222,41 @@ class Inputs:
                     value=rows.label,
                     hint="Leave that model out, or take another copy of it.",
                 )
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Let the allocator keep what blocks free for the next ones.
+
+    glibc gives memory back to the kernel from a size on that follows the largest piece freed so far, and new pages
+    cost more than to compute what goes there. So a large piece, never touched, is freed first.
+    """
+    import torch
+
+    torch.empty(_LARGE_BYTES, dtype=torch.uint8)
+
+
+@cache
+def _walkers(threads: int) -> ThreadPoolExecutor:
+    """Return so many threads of this process that walk, each of which computes alone.
+
+    They are kept: what a tensor's rows keep for each thread is made once, and small tensors do not wait for threads.
+    """
+    import torch
+
+    pool = ThreadPoolExecutor(threads, "aidocks-merge")
+    before = torch.get_num_threads()
+    all_here = Barrier(threads)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        all_here.wait()
+
+    for begun in [pool.submit(begin) for _ in range(threads)]:
+        begun.result()
+    # That was each thread's own number, and the one of all threads to come.
+    torch.set_num_threads(before)
+    return pool
 
 
 def _ahead(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from aidocks.errors import InvalidSpec
@@ -52,6 +53,43 @@ class Parameter:
         """The name of the function's argument: with an underscore where Python uses the word (``lambda_``)."""
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
+    def checked(self, value: Any, field: str) -> Value:
+        """Return a value of this parameter, an integer given for a fractional number as one.
+
+        Args:
+            field: Where it was given, for the error.
+
+        Raises:
+            InvalidSpec: It is of another type, not finite, or out of range; says what would be right.
+        """
+        # To Python a truth value is an integer, and to people it is not.
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = {
+            bool: isinstance(value, bool),
+            int: number and isfinite(value) and value == int(value),
+            float: number and isfinite(value),
+        }[self.kind]
+        low = -inf if self.at_least is None else self.at_least
+        high = inf if self.at_most is None else self.at_most
+        if not fits or not low <= value <= high:
+            raise InvalidSpec(
+                f"{value!r} is no value of {self.name!r}.",
+                field=field,
+                value=value,
+                hint=f"It is {self.allowed}.",
+            )
+        return self.kind(value)
+
+    @property
+    def allowed(self) -> str:
+        """What its values are, for people: ``a number from 0 to 1``."""
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[self.kind]
+        if self.at_least is not None and self.at_most is not None:
+            return f"{kind} from {self.at_least:g} to {self.at_most:g}"
+        if self.at_least is not None:
+            return f"{kind} of at least {self.at_least:g}"
+        return f"{kind} of at most {self.at_most:g}" if self.at_most is not None else kind
+
 
 @dataclass(frozen=True)
 class Method:
@@ -66,6 +104,7 @@ class Method:
         models: Smallest and largest number of models, the base not counted (with ``base="none"``: of inputs).
             None for no limit.
         is_random: Whether it draws random numbers.
+        ignored: Names of parameters that others know, or that it once had, and that have no effect here.
         summary: First line of its docstring.
     """
 
@@ -75,6 +114,7 @@ class Method:
     base: BasePolicy = "none"
     models: tuple[int, int | None] = (1, None)
     is_random: bool = False
+    ignored: tuple[str, ...] = ()
     summary: str = ""
 
     def apply(self, inputs: Inputs, values: Mapping[str, Any]) -> Merged:
@@ -91,12 +131,13 @@ def merge_method(
     base: BasePolicy = "none",
     models: tuple[int, int | None] = (1, None),
     is_random: bool = False,
+    ignored: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
     """Make a function a merge method that requests can name; see :class:`Method`."""
 
     def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
         summary = (function.__doc__ or "").strip().partition("\n")[0]
-        _methods[name] = Method(name, function, parameters, base, models, is_random, summary)
+        _methods[name] = Method(name, function, parameters, base, models, is_random, ignored, summary)
         return function
 
     return register

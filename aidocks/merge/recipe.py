@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import OutputFile
+
+
+class StoredTensor(Protocol):
+    """What is known of a tensor: a header's entry, or what a merge is going to write."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class _Frozen(BaseModel):

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from aidocks.checkpoints.layout import ADAPTER_CONFIG_FILE
 from aidocks.checkpoints.space import format_bytes
 from aidocks.models.manifest import Manifest, Parent, Section, Table
 
@@ -54,7 +55,8 @@ def read_front_matter(directory: Path) -> dict[str, Any]:
 
 
 def _front_matter(manifest: Manifest) -> dict[str, Any]:
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["aidocks", manifest.operation]}
+    library = "peft" if _is_adapter(manifest) else "transformers"
+    front: dict[str, Any] = {"library_name": library, "tags": ["aidocks", manifest.operation]}
     if manifest.parents and manifest.operation != "import":
         bases = (_public_name(parent).partition("@")[0] for parent in manifest.parents)
         front["base_model"] = list(dict.fromkeys(bases))
@@ -139,6 +141,8 @@ def _parents(manifest: Manifest) -> str:
 
 
 def _usage(manifest: Manifest) -> str:
+    if _is_adapter(manifest):
+        return _adapter_usage(manifest)
     kind = "AutoModelForCausalLM" if _is_causal(manifest) else "AutoModel"
     # Models whose matrices are stored as factors load once the module is there that knows them.
     factored = (manifest.architecture or "").startswith("Factored")
@@ -155,6 +159,22 @@ def _usage(manifest: Manifest) -> str:
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n"
         )
     return f"## How to load it\n\n{_fenced('python', code)}"
+
+
+def _adapter_usage(manifest: Manifest) -> str:
+    base = next((_public_name(p) for p in manifest.parents if p.field == "base_model"), "its base model")
+    code = (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{_code(base)}", dtype="auto")\n'
+        f'model = PeftModel.from_pretrained(base, "{manifest.name}")  # this directory, or its id on a hub\n'
+        "whole = model.merge_and_unload()\n"
+    )
+    return f"## How to load it\n\n{_fenced('python', code)}"
+
+
+def _is_adapter(manifest: Manifest) -> bool:
+    return any(file.path == ADAPTER_CONFIG_FILE for file in manifest.files)
 
 
 def _is_causal(manifest: Manifest) -> bool:

@@ -11,6 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from aidocks.specs.base import ModelName
 
 MANIFEST_FILE = "aidocks.json"
+#: What the manifest of an imported model names as its operation.
+IMPORT = "import"
 
 
 def _inside(path: str) -> str:

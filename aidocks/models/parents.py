@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, Field
 
+from aidocks.checkpoints.hashes import FileHashes, combine_hashes
+from aidocks.checkpoints.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, is_adapter
 from aidocks.models.card import read_license
 from aidocks.models.manifest import Parent
 from aidocks.plan import Unit, UnitContext
@@ -24,7 +26,7 @@ class DescribeParent(Unit[Parent]):
 
     field: str = Field(description="Path of the spec's field that named it.")
     reference: str = Field(description="As it was given.")
-    directory: Path = Field(description="Checkpoint directory.")
+    directory: Path = Field(description="Checkpoint directory, or that of an adapter.")
     cache_dir: Path = Field(description="Where hashes of large files are kept.")
 
     result_type: ClassVar[type[BaseModel]] = Parent
@@ -44,7 +46,20 @@ class DescribeParent(Unit[Parent]):
     def run(self, context: UnitContext) -> Parent:
         from aidocks.checkpoints.reader import Checkpoint
 
+        if is_adapter(self.directory):
+            return _describe_adapter(self.field, self.reference, self.directory, self.cache_dir)
         return describe_parent(self.field, self.reference, Checkpoint(self.directory), self.cache_dir)
+
+
+def _describe_adapter(field: str, reference: str, directory: Path, cache_dir: Path) -> Parent:
+    hashes = FileHashes(cache_dir).compute([directory / ADAPTER_CONFIG_FILE, directory / ADAPTER_FILE])
+    return Parent(
+        field=field,
+        reference=reference,
+        content_hash=combine_hashes(hashes),
+        path_name=directory.name,
+        license=read_license(directory),
+    )
 
 
 def parent_units(members: Iterable[Named], cache_dir: Path) -> tuple[DescribeParent, ...]:

@@ -7,31 +7,22 @@ import os
 import shutil
 import time
 import uuid
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from aidocks._version import __version__
 from aidocks.checkpoints.files import UNFINISHED, hash_file, locked, sync_directory, sync_file, write_text
 from aidocks.checkpoints.hashes import FileHashes
 from aidocks.errors import CorruptCheckpoint, NameTaken, NotFound, PathNotAllowed, UnknownModel
 from aidocks.models.card import CARD_FILE, card, read_license
-from aidocks.models.manifest import MANIFEST_FILE, Manifest, ManifestFile, ModelInfo, Parent
+from aidocks.models.manifest import IMPORT, MANIFEST_FILE, Manifest, ManifestFile, ModelInfo, Parent
 from aidocks.models.names import close_names, is_model_name, refuse_tricks, shorten
-
-if TYPE_CHECKING:
-    from aidocks.checkpoints.reader import Checkpoint
 
 __all__ = ["MANIFEST_FILE", "Manifest", "ManifestFile", "ModelInfo", "Parent", "Registry"]
 
 _TRASH = ".trash"
 _STAGING = ".staging"
-_IMPORT = "import"
 _STALE_S = 24 * 3600.0
 
 
@@ -181,7 +172,7 @@ class Registry:
     def import_checkpoint(
         self, name: str, source: Path, *, copy: bool = True, parents: tuple[Parent, ...] = ()
     ) -> ModelInfo:
-        """Take a checkpoint directory into the registry: its weights, configuration and tokenizer.
+        """Take a checkpoint directory into the registry: its weights, configuration and tokenizer. Or an adapter's.
 
         Args:
             name: Registry name that it gets.
@@ -194,18 +185,15 @@ class Registry:
             NameTaken: The registry holds a model of that name.
             UnknownModel, UnsafeCheckpoint, CorruptCheckpoint: The source is not a sound checkpoint.
         """
-        from aidocks.checkpoints.reader import Checkpoint
-        from aidocks.models.importing import gather
+        from aidocks.models.importing import import_manifest
 
         if not is_model_name(name):
             raise PathNotAllowed(f"{shorten(name)!r} cannot name a model.", value=shorten(name))
         if self.exists(name):
             raise _taken(name)
-        checkpoint = Checkpoint(source)
         staged = self._models_dir / _STAGING / uuid.uuid4().hex
         try:
-            files = gather(checkpoint, staged, copy=copy)
-            self.publish(staged, _import_manifest(name, checkpoint, files, parents))
+            self.publish(staged, import_manifest(name, source, staged, copy=copy, parents=parents))
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         return self.get(name)
@@ -247,7 +235,7 @@ class Registry:
             leftover.unlink()
         for ours in (CARD_FILE, MANIFEST_FILE):
             (staged / ours).unlink(missing_ok=True)
-        if manifest.operation != _IMPORT:
+        if manifest.operation != IMPORT:
             parents = tuple(self._with_license(parent) for parent in manifest.parents)
             manifest = manifest.model_copy(update={"parents": parents})
         manifest = _complete(staged, manifest)
@@ -302,34 +290,6 @@ def _complete(staged: Path, manifest: Manifest) -> Manifest:
         assert file.bytes == size, f"{relative} has {size} bytes, not {file.bytes} as described"
         files.append(file)
     return manifest.model_copy(update={"files": tuple(files), "bytes": sum(file.bytes for file in files)})
-
-
-def _import_manifest(
-    name: str, checkpoint: Checkpoint, files: list[ManifestFile], parents: tuple[Parent, ...]
-) -> Manifest:
-    from aidocks.models.importing import describe_source
-
-    dtypes: Counter[str] = Counter()
-    for entry in checkpoint.entries.values():
-        dtypes[entry.dtype] += entry.nbytes
-    return Manifest(
-        name=name,
-        created_at=datetime.now(UTC),
-        operation=_IMPORT,
-        job_id=f"import-{uuid.uuid4().hex}",
-        spec={"source": checkpoint.path.name},
-        parents=parents or (describe_source(checkpoint, files),),
-        code_version=__version__,
-        files=tuple(files),
-        parameters=sum(entry.numel for entry in checkpoint.entries.values()),
-        dtype=next((dtype for dtype, _ in dtypes.most_common(1)), None),
-        architecture=_architecture(checkpoint.config),
-    )
-
-
-def _architecture(config: Mapping[str, Any]) -> str | None:
-    named = config.get("architectures")
-    return str(named[0]) if isinstance(named, Sequence) and not isinstance(named, str) and named else None
 
 
 def _taken(name: str) -> NameTaken:

@@ -6,18 +6,18 @@ torch, and memory that does not grow with the model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from aidocks.checkpoints.files import OutputFile, copy_file, write_text
-from aidocks.checkpoints.writer import ShardPlan, ShardWriter, TensorPlan, write_index
+from aidocks.checkpoints.files import OutputFile
+from aidocks.checkpoints.writer import ShardPlan, ShardWriter, TensorPlan
 from aidocks.errors import CorruptCheckpoint
+from aidocks.models.beside_weights import WriteBesideWeights
+from aidocks.models.tokenizer_files import TokenizerFiles
 from aidocks.moe.recipes import Recipe, compute
-from aidocks.moe.vocabulary import is_tokenizer_file
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # What a shared expert's gate is where nobody computed one. Not zero: llama.cpp computes a sigmoid as silu(x)/x,
 # which is no number at 0, not even as the factor of a shared expert that is zero itself.
 _NEUTRAL_GATE = 2.0**-6
-
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class _MovingUnit(WritingUnit):
@@ -136,65 +134,6 @@ def _to_bytes(rows: np.ndarray[Any, Any], tensor: TensorPlan) -> bytes:
     return kept.tobytes()
 
 
-class WriteBesideWeights(_MovingUnit):
-    """Configuration, the index of the weight files, and the tokenizer's files, byte for byte."""
-
-    base: Path = Field(description="Checkpoint directory of the base.")
-    tokenizer: Path = Field(description="Checkpoint directory that gives the tokenizer.")
-    config: dict[str, Any] = Field(description="Content of config.json.")
-    shards: tuple[ShardPlan, ...] = Field(description="All weight files, that of the routers too.")
-    chat_template: str | None = Field(None, description="Replaces the tokenizer's.")
-
-    @property
-    def label(self) -> str:
-        return "configuration and tokenizer"
-
-    def run(self, context: UnitContext) -> WrittenFiles:
-        texts = {"config.json": _dump(self.config)}
-        if self.tokenizer != self.base:
-            texts |= self._generation_config()
-        if self.chat_template is not None:
-            texts |= self._template_files(self.chat_template)
-        files = [
-            copy_file(source, self.directory / source.name)
-            for source in self._copied()
-            if source.name not in texts
-        ]
-        files += [write_text(self.directory / name, text) for name, text in texts.items()]
-        return WrittenFiles(files=(*files, *write_index(self.directory, self.shards)))
-
-    def _copied(self) -> list[Path]:
-        from aidocks.checkpoints.layout import metadata_files
-
-        files = metadata_files(self.base)
-        if self.tokenizer != self.base:
-            files = [path for path in files if not is_tokenizer_file(path)]
-            files += [path for path in metadata_files(self.tokenizer) if is_tokenizer_file(path)]
-        if self.chat_template is not None:
-            # An older form of the same thing, which some readers prefer.
-            files = [path for path in files if path.name != "chat_template.json"]
-        return files
-
-    def _generation_config(self) -> dict[str, str]:
-        """Return the base's generation_config.json with the special tokens of the other tokenizer's model."""
-        ours, theirs = (directory / "generation_config.json" for directory in (self.base, self.tokenizer))
-        if not ours.is_file():
-            return {}
-        said = _read(theirs) if theirs.is_file() else self.config
-        ids = {key: said[key] for key in said if key in _SPECIAL and said[key] is not None}
-        return {ours.name: _dump(_read(ours) | ids)}
-
-    def _template_files(self, template: str) -> dict[str, str]:
-        """Return the template, and tokenizer_config.json without its own, so that there is one truth."""
-        texts = {"chat_template.jinja": template}
-        path = self.tokenizer / "tokenizer_config.json"
-        if path.is_file():
-            settings = _read(path)
-            if settings.pop("chat_template", None) is not None:
-                texts[path.name] = _dump(settings)
-        return texts
-
-
 def assembly_units(
     target: Target, files: Sequence[ShardPlan], directory: Path
 ) -> tuple[AssembleShard | WriteBesideWeights, ...]:
@@ -219,20 +158,10 @@ def assembly_units(
     ]
     beside = WriteBesideWeights(
         base=target.sources[0],
-        tokenizer=target.tokenizer,
+        tokenizer=TokenizerFiles(source=target.tokenizer),
         directory=directory,
         config=target.config,
         shards=tuple(files),
         chat_template=target.chat_template,
     )
     return (*shards, beside)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    from aidocks.checkpoints.layout import read_json_object
-
-    return read_json_object(path)
-
-
-def _dump(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

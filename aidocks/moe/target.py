@@ -10,7 +10,7 @@ from typing import Any
 
 from aidocks.checkpoints.writer import ShardPlan, TensorPlan, plan_shards
 from aidocks.errors import InvalidSpec
-from aidocks.moe.chat_templates import Template, resolve_template
+from aidocks.models.chat_templates import Template, resolve_template
 from aidocks.moe.compatibility import Checked, check_members
 from aidocks.moe.dense import DenseConfig, Member, stored_dtype
 from aidocks.moe.forms import STORED, Form, Sizes

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from aidocks.errors import IncompatibleModels, InvalidSpec
 from aidocks.moe.dense import Member
@@ -223,17 +222,3 @@ def _conflict(one: Mapping[str, int], other: Mapping[str, int]) -> str | None:
 
 def _number(tokens: Mapping[str, int], token: str) -> str:
     return f"number {tokens[token]}" if token in tokens else "unknown"
-
-
-def is_tokenizer_file(path: Path) -> bool:
-    """Tell whether a file beside weights belongs to the tokenizer or its chat template."""
-    return path.suffix in (".model", ".tiktoken", ".jinja") or path.name in (
-        "added_tokens.json",
-        "chat_template.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-        "vocab.txt",
-    )

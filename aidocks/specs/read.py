@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 SpecT = TypeVar("SpecT", bound="Spec")
 
+#: Field under which the documents of a YAML text of several are handed on; further fields may stand beside it.
+DOCUMENTS = "documents"
+
 #: What of an offending line is worth repeating.
 _SHOWN_LINE = 120
 
@@ -32,13 +35,35 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 def build_spec(spec_type: type[SpecT], data: Any) -> SpecT:
     """Validate ``data`` as a ``spec_type``.
 
+    Of several documents (what :func:`parse_yaml` returns of them, or the same in JSON) the spec is made by its class
+    method ``from_documents``, if it has one.
+
     Raises:
         InvalidSpec: Listing every wrong field in ``errors``, with what would be right.
     """
     try:
+        documents = data.get(DOCUMENTS) if isinstance(data, Mapping) else None
+        if (
+            isinstance(documents, list | tuple)
+            and len(documents) > 1
+            and DOCUMENTS not in spec_type.model_fields
+        ):
+            others = {name: value for name, value in data.items() if name != DOCUMENTS}
+            return _join(spec_type, documents, others)
         return spec_type.model_validate(data)
     except ValidationError as error:
         raise invalid_spec(error.errors(include_url=False), spec_type) from None
+
+
+def _join(spec_type: type[SpecT], documents: Sequence[Any], others: Mapping[str, Any]) -> SpecT:
+    join = getattr(spec_type, "from_documents", None)
+    if join is None:
+        raise InvalidSpec(
+            f"These are {len(documents)} documents, but this request is a single one.",
+            hint="Send each of them as a request of its own.",
+        )
+    spec: SpecT = join(documents, others)
+    return spec
 
 
 def read_spec_file(path: Path) -> dict[str, Any]:
@@ -88,7 +113,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Parse one YAML document of plain data; repeated keys are refused.
+    """Parse YAML of plain data; repeated keys are refused.
+
+    Returns:
+        The document. Of several (separated by ``---``), a mapping with the one key ``documents``: all that are not
+        empty, for :func:`build_spec`.
 
     Raises:
         InvalidSpec: With line, column and the text of the line.
@@ -109,7 +138,7 @@ def parse_yaml(text: str | bytes) -> Any:
 
     text = _decoded(text)
     try:
-        return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
+        documents = list(yaml.load_all(text, Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         _refuse(
@@ -117,6 +146,8 @@ def parse_yaml(text: str | bytes) -> Any:
         )
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InvalidSpec(f"The YAML is not valid: {_one_line(str(error))}.") from None
+    filled = [document for document in documents if document is not None]
+    return {DOCUMENTS: filled} if len(filled) > 1 else next(iter(filled), None)
 
 
 def _decoded(text: str | bytes) -> str:

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from aidocks.errors import InvalidSpec
-from aidocks.moe.chat_templates import TEMPLATES
+from aidocks.models.chat_templates import TEMPLATES
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -1,0 +1,201 @@
+"""``/merge/evolve``: parameters of a merge by evolution, judged by any objective on data that the search never saw.
+
+write the merge with the initial values -> generations of candidates, measured in memory -> the best and the centre on
+held-out data -> write the merge that was confirmed, with the ledger of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from aidocks.checkpoints.files import OutputFile
+from aidocks.checkpoints.writer import parse_size
+from aidocks.errors import IncompatibleModels
+from aidocks.evaluate.objectives import ObjectiveSource, resolve_objective, size_objective
+from aidocks.evaluate.texts import require_context
+from aidocks.merge.build import MergeBuild
+from aidocks.merge.candidates import Candidates
+from aidocks.merge.evolution import Evolution, Findings
+from aidocks.merge.evolve_report import (
+    WriteEvolution,
+    found_values,
+    input_scores,
+    ledger,
+    scores_of,
+    sections,
+)
+from aidocks.models.hub import fetch_missing, require_token
+from aidocks.models.names import derive_name
+from aidocks.models.publication import Staged, find_published, publish, upload
+from aidocks.plan import Operation, Plan, PlanContext, Stage, WrittenFiles
+from aidocks.specs.base import OperationResult, Spec
+from aidocks.specs.merge_evolve import MergeEvolveSpec
+from aidocks.specs.merge_evolve_result import MergeEvolveResult
+from aidocks.specs.merge_result import MergeResult
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+class MergeEvolve(Operation[MergeEvolveSpec, MergeEvolveResult]):
+    """See the top of this module."""
+
+    spec_type: ClassVar[type[Spec]] = MergeEvolveSpec
+    result_type: ClassVar[type[OperationResult]] = MergeEvolveResult
+
+    def output_name(self, spec: MergeEvolveSpec, job_id: str) -> str:
+        first = next(reference for _, reference in spec.references())
+        return spec.name or derive_name(first, f"{spec.merge_method.replace('_', '-')}-evolved", job_id)
+
+    def inputs(self, spec: MergeEvolveSpec) -> dict[str, str]:
+        return spec.merge(spec.genome.initial).inputs()
+
+    def preflight(self, spec: MergeEvolveSpec, context: PlanContext) -> None:
+        parse_size(spec.max_shard_size)
+        objectives = _resolve(spec, context)
+        if spec.publish:
+            require_token()
+        references = self.inputs(spec).items()
+        if not [r for f, r in references if context.resolver.needs_download(r, field=f)]:
+            build = _start(spec, context)
+            _size(spec, objectives, build.last.target.tokenizer)
+            # Twice: the merge that the search begins with stays until the result is written.
+            build.require_space(kept=-sum(file.nbytes for file in build.last.files))
+
+    def plan(self, spec: MergeEvolveSpec, context: PlanContext) -> Plan[MergeEvolveResult]:
+        name = self.output_name(spec, context.job_id)
+        result = find_published(name, MergeEvolveResult, context)
+        if result is None:
+            yield from fetch_missing(self.inputs(spec).values(), context)
+            result = yield from _make(spec, name, context)
+        # Not before: what is published does not name the directories of this machine.
+        merge = spec.merge(tuple(value.value for value in result.values))
+        result = result.model_copy(update={"config": merge.as_yaml()})
+        return (yield from upload(result, spec))
+
+
+def _make(spec: MergeEvolveSpec, name: str, context: PlanContext) -> Plan[MergeEvolveResult]:
+    genome = spec.genome
+    start = _start(spec, context)
+    merged = yield from start.run(name, spec.merge(genome.initial).as_yaml())
+    objectives = _size(spec, _resolve(spec, context), start.last.directory)
+    context.say(
+        f"Searching {len(genome.variables)} values by {objectives[0].label}: {spec.size} candidates a generation."
+    )
+    mapping = yield from _map_vocabulary(start, context)
+    candidates = Candidates(spec, start.last, mapping)
+    findings = yield from Evolution(spec, genome, objectives, candidates, context.say).run()
+    build = start
+    if findings.accepted:
+        build = MergeBuild(spec.merge(findings.values), context)
+        merged = yield from build.run(name, spec.merge(findings.values).as_yaml())
+    result = _result(spec, objectives, findings, merged)
+    staged, result = yield from _report(build.finished(merged), result, objectives, findings)
+    return publish(staged, "merge-evolve", spec, result, context)
+
+
+def _start(spec: MergeEvolveSpec, context: PlanContext) -> MergeBuild:
+    """Return the merge with the initial values, which all others are measured in the place of.
+
+    Raises:
+        AIDocksError: Whatever is wrong with the request or its models.
+    """
+    inside = replace(context, workspace=context.workspace / "start")
+    build = MergeBuild(spec.merge(spec.genome.initial), inside)
+    target, first = build.last.target, next(iter(build.last.members))
+    if not target.class_name.endswith(_CAUSAL):
+        raise IncompatibleModels(
+            f"The model {first!r} is not a causal language model, but: {target.class_name or 'none'}.",
+            field="models",
+            value=first,
+            hint="Losses of text decide here: give models whose architecture ends with ForCausalLM.",
+        )
+    longest = target.config.get("max_position_embeddings")
+    if isinstance(longest, int):
+        require_context(first, longest, spec.seqlen)
+    return build
+
+
+def _map_vocabulary(
+    start: MergeBuild, context: PlanContext
+) -> Generator[Stage, list[Any], OutputFile | None]:
+    """Write which rows of the models the rows of the vocabulary are, where they move."""
+    vocabulary = start.last.vocabulary
+    if vocabulary is None or not vocabulary.changes:
+        return None
+    written: list[WrittenFiles] = yield Stage(
+        "vocabulary", (vocabulary.unit(context.workspace / "vocabulary"),)
+    )
+    return written[0].files[0]
+
+
+def _resolve(spec: MergeEvolveSpec, context: PlanContext) -> tuple[ObjectiveSource, ...]:
+    """Return what decides and then the guards, with data that exist."""
+    named = [("objective", spec.objective), *((f"guards[{i}]", guard) for i, guard in enumerate(spec.guards))]
+    return tuple(
+        resolve_objective(
+            objective,
+            context.resolver.allowed_roots,
+            seq_length=spec.seqlen,
+            seed=spec.seed,
+            chunks=spec.chunks,
+            field=field,
+        )
+        for field, objective in named
+    )
+
+
+def _size(
+    spec: MergeEvolveSpec, objectives: Sequence[ObjectiveSource], tokenizer: Path
+) -> tuple[ObjectiveSource, ...]:
+    """Return the objectives with the sizes of their parts, counted with a tokenizer."""
+    fields = ("objective", *(f"guards[{number}]" for number in range(len(objectives) - 1)))
+    return tuple(
+        size_objective(source, tokenizer, chunks=spec.chunks, field=field)
+        for field, source in zip(fields, objectives, strict=True)
+    )
+
+
+def _result(
+    spec: MergeEvolveSpec, objectives: Sequence[ObjectiveSource], findings: Findings, merged: MergeResult
+) -> MergeEvolveResult:
+    scores, guards = scores_of(findings, objectives)
+    return MergeEvolveResult(
+        model=merged.model,
+        accepted=findings.accepted,
+        objection=findings.objection,
+        values=found_values(spec.genome.variables, findings),
+        **scores,
+        guards=guards,
+        inputs=input_scores(findings, objectives[0]),
+        generations=len(findings.spreads),
+        candidates=len(findings.trials),
+        stopped_because=findings.stopped_because,
+        merge_method=merged.merge_method,
+        architecture=merged.architecture,
+        dtype=merged.dtype,
+        parameters=merged.parameters,
+        bytes=merged.bytes,
+        notes=merged.notes,
+    )
+
+
+def _report(
+    staged: Staged, result: MergeEvolveResult, objectives: Sequence[ObjectiveSource], findings: Findings
+) -> Generator[Stage, list[Any], tuple[Staged, MergeEvolveResult]]:
+    """Write the ledger and the pictures beside the merge."""
+    writing = WriteEvolution(
+        directory=staged.directory,
+        metric=objectives[0].metric,
+        result=result,
+        lines=ledger(findings, objectives),
+        spreads=findings.spreads,
+    )
+    written: list[WrittenFiles] = yield Stage("ledger", (writing,))
+    files = [file for part in written for file in part.files]
+    pictures = (file.path.relative_to(staged.directory).as_posix() for file in files)
+    result = result.model_copy(update={"pictures": tuple(name for name in pictures if name.endswith(".png"))})
+    told = (*staged.sections, *sections(result))
+    return replace(staged, files=(*staged.files, *files), sections=told), result

@@ -1,0 +1,42 @@
+"""DELLA without the election of signs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from aidocks.merge.inputs import Inputs, Merged
+from aidocks.merge.method import Parameter, merge_method
+from aidocks.merge.sparsify import by_rank, remembered
+from aidocks.merge.task_vectors import TaskVectorSettings, add_task_vectors, task_vector_parameters
+
+
+@merge_method(
+    "della_linear",
+    *task_vector_parameters(normalize=False, rescale=True),
+    Parameter(
+        "epsilon",
+        float,
+        0.15,
+        scope="model",
+        at_least=0,
+        at_most=1,
+        description="How far the probabilities to keep go from density.",
+    ),
+    base="required",
+    is_random=True,
+    ignored=("int8_mask",),
+)
+def della_linear(
+    inputs: Inputs, density: Sequence[float], epsilon: Sequence[float], **settings: Unpack[TaskVectorSettings]
+) -> Merged:
+    """Weighted sum of changes thinned by rank (Deep et al., arXiv 2406.11617, section 3).
+
+    Differences are thinned and rescaled as by ``della``: base + λ sum(w_i s_i d_i).
+
+    Raises:
+        InvalidSpec: A probability would not lie between 0 and 1.
+    """
+    # Ranks cost more than all the rest: they are found once, for the norms and for the sum.
+    masks = remembered(by_rank(inputs, density, epsilon))
+    return add_task_vectors(inputs, masks, elect_signs=False, **settings)

@@ -1,0 +1,69 @@
+"""``/merge``: one model of several of one shape, by the published methods, from mergekit's files.
+
+check headers and plan every tensor -> write one weight file after another -> measure beside the parents -> publish.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from aidocks.checkpoints.writer import parse_size
+from aidocks.merge.build import MergeBuild
+from aidocks.models.converting import conversions
+from aidocks.models.hub import fetch_missing, require_token
+from aidocks.models.names import derive_name
+from aidocks.models.publication import find_published, publish, upload
+from aidocks.plan import Operation, Plan, PlanContext, Stage
+from aidocks.specs.base import OperationResult, Spec
+from aidocks.specs.merge import MergeSpec
+from aidocks.specs.merge_result import MergeResult
+
+
+class Merge(Operation[MergeSpec, MergeResult]):
+    """See the top of this module."""
+
+    spec_type: ClassVar[type[Spec]] = MergeSpec
+    result_type: ClassVar[type[OperationResult]] = MergeResult
+
+    def output_name(self, spec: MergeSpec, job_id: str) -> str | None:
+        return None if spec.dry_run else _name(spec, job_id)
+
+    def inputs(self, spec: MergeSpec) -> dict[str, str]:
+        return spec.inputs()
+
+    def preflight(self, spec: MergeSpec, context: PlanContext) -> None:
+        parse_size(spec.max_shard_size)
+        if spec.publish:
+            require_token()
+        references = spec.inputs()
+        if any(context.resolver.needs_download(r, field=field) for field, r in references.items()):
+            return
+        _, units = conversions(_models(references), context.resolver, context.workspace)
+        if not units:
+            MergeBuild(spec, context).require_space()
+
+    def plan(self, spec: MergeSpec, context: PlanContext) -> Plan[MergeResult]:
+        name = _name(spec, context.job_id)
+        result = None if spec.dry_run else find_published(name, MergeResult, context)
+        if result is None:
+            references = spec.inputs()
+            yield from fetch_missing(references.values(), context)
+            converted, units = conversions(_models(references), context.resolver, context.workspace)
+            if units:
+                yield Stage("convert", units)
+            build = MergeBuild(spec, context, converted)
+            if spec.dry_run:
+                return build.result(name, dry_run=True)
+            result = yield from build.run(name, spec.as_yaml())
+            result = publish(build.finished(result), "merge", spec, result, context)
+        return (yield from upload(result, spec))
+
+
+def _models(references: dict[str, str]) -> dict[str, str]:
+    """Return those of the references that name whole models."""
+    return {field: reference for field, reference in references.items() if not field.endswith(".lora")}
+
+
+def _name(spec: MergeSpec, job_id: str) -> str:
+    first = next(reference for _, reference in spec.references())
+    return spec.name or derive_name(first, spec.merge_method.replace("_", "-"), job_id)
