@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from aidocks.client.job import AsyncJobHandle, JobHandle
     from aidocks.errors import AIDocksError
     from aidocks.laser.factored import load_factored
+    from aidocks.specs.extract_lora import ExtractLoraResult, ExtractLoraSpec
     from aidocks.specs.laser import LaserSpec
     from aidocks.specs.laser_result import LaserResult
     from aidocks.specs.laser_scan import LaserScanResult, LaserScanSpec
     from aidocks.specs.merge import MergeSpec
+    from aidocks.specs.merge_evolve import MergeEvolveSpec
+    from aidocks.specs.merge_evolve_result import MergeEvolveResult
     from aidocks.specs.merge_result import MergeResult
     from aidocks.specs.moe import ExpertSpec, MoESpec
     from aidocks.specs.moe_result import MoEResult
@@ -32,11 +35,15 @@ __all__ = [
     "AsyncJobHandle",
     "Client",
     "ExpertSpec",
+    "ExtractLoraResult",
+    "ExtractLoraSpec",
     "JobHandle",
     "LaserResult",
     "LaserScanResult",
     "LaserScanSpec",
     "LaserSpec",
+    "MergeEvolveResult",
+    "MergeEvolveSpec",
     "MergeResult",
     "MergeSpec",
     "MoEResult",
@@ -51,11 +58,15 @@ _MODULES = {
     "AsyncJobHandle": "aidocks.client.job",
     "Client": "aidocks.client.http",
     "ExpertSpec": "aidocks.specs.moe",
+    "ExtractLoraResult": "aidocks.specs.extract_lora",
+    "ExtractLoraSpec": "aidocks.specs.extract_lora",
     "JobHandle": "aidocks.client.job",
     "LaserResult": "aidocks.specs.laser_result",
     "LaserScanResult": "aidocks.specs.laser_scan",
     "LaserScanSpec": "aidocks.specs.laser_scan",
     "LaserSpec": "aidocks.specs.laser",
+    "MergeEvolveResult": "aidocks.specs.merge_evolve_result",
+    "MergeEvolveSpec": "aidocks.specs.merge_evolve",
     "MergeResult": "aidocks.specs.merge_result",
     "MergeSpec": "aidocks.specs.merge",
     "MoEResult": "aidocks.specs.moe_result",

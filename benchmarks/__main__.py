@@ -35,6 +35,9 @@ NAMES = (
     "moe_process",
     "moe_gates",
     "moe_big",
+    "merge_process",
+    "merge_big",
+    "merge_workers",
 )
 RESULTS = Path(__file__).parent / "results"
 

@@ -5,7 +5,8 @@ python -m benchmarks.merge_agreement [METHOD ...]
 Both compute in float32 and round once. The models are the three SmolLM2-135M fine-tunes and their base in float32, each
 value changed by a thousandth of itself, at random: between weights in bfloat16 thousands of differences are equally
 large, and which of them a sparsifying method keeps is an accident of the sort in use (the peer's keeps no order). A
-step is the distance between neighbouring bfloat16 numbers.
+step is the distance between neighbouring bfloat16 numbers. Where inputs cancel to less than 2^-12 of the largest of
+them, float32 has no right digits left for either program to agree on; such values are counted apart.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ def main() -> None:
             config = write_config(scratch / f"{name}.yaml", configs[name])
             ours = run_ours(config, scratch / "home")
             theirs = run_peer(config, scratch / "peer")
-            worst = _compare(scratch / "home" / "models" / NAME, scratch / "peer" / "model")
+            inputs = {configs[name].get("base_model"), *(model["model"] for model in configs[name]["models"])}
+            worst = _compare(
+                scratch / "home" / "models" / NAME,
+                scratch / "peer" / "model",
+                [Checkpoint(Path(path)) for path in inputs if path],
+            )
             rows.append({"method": name, **worst, "seconds": ours.seconds, "peer_seconds": theirs.seconds})
             print(json.dumps(rows[-1]), flush=True)
     RESULTS.mkdir(exist_ok=True)
@@ -110,26 +116,37 @@ def _configs(base: Path, experts: tuple[Path, ...]) -> dict[str, dict[str, Any]]
     }
 
 
-def _compare(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Return the largest difference in steps of bfloat16, and how many values differ at all."""
+def _compare(ours: Path, theirs: Path, inputs: list[Checkpoint]) -> dict[str, Any]:
+    """Return the largest difference in steps of bfloat16, and how many values differ at all, or are cancelled."""
+    import torch
+
     one, other = Checkpoint(ours), Checkpoint(theirs)
     assert one.entries.keys() == other.entries.keys(), one.entries.keys() ^ other.entries.keys()
-    worst, where, differing, total = 0.0, "", 0, 0
+    worst, where, differing, cancelled, total = 0, "", 0, 0, 0
     for name in one.entries:
         a, b = one.tensor(name), other.tensor(name)
         assert (a.dtype, a.shape) == (b.dtype, b.shape), name
-        # Sign and magnitude as integers on one line: neighbouring numbers are one apart.
         steps = (_ordinal(a) - _ordinal(b)).abs()
         differing += int((steps > 0).sum())
         total += steps.numel()
+        largest = torch.stack([source.tensor(name).float().abs() for source in inputs]).amax(dim=0)
+        is_small = torch.maximum(a.float().abs(), b.float().abs()) < 2**-12 * largest
+        cancelled += int((steps[is_small] > 1).sum())
+        steps[is_small] = 0
         if int(steps.max()) > worst:
             worst, where = int(steps.max()), name
-    return {"steps": worst, "where": where, "differing": differing / total}
+    return {
+        "steps": worst,
+        "where": where,
+        "differing": differing / total,
+        "cancelled": cancelled / total,
+    }
 
 
 def _ordinal(values: Any) -> Any:
     import torch
 
+    # Sign and magnitude as integers on one line: neighbouring numbers are one apart.
     bits = values.contiguous().view(torch.int16).to(torch.int32)
     return torch.where(bits >= 0, bits, -32768 - bits)
 

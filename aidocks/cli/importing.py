@@ -1,4 +1,4 @@
-"""What `aidocks models import` accepts: a checkpoint directory or a GGUF file."""
+"""What `aidocks models import` accepts: the directory of a checkpoint or of an adapter, or a GGUF file."""
 
 from __future__ import annotations
 

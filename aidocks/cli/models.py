@@ -88,7 +88,9 @@ def import_model(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SOURCE", help="A directory in Hugging Face layout, or a .gguf file.", show_default=False
+            metavar="SOURCE",
+            help="A directory in Hugging Face layout, that of a LoRA adapter, or a .gguf file.",
+            show_default=False,
         ),
     ],
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name for the model.", show_default=False)],

@@ -182,7 +182,9 @@ def value_text(name: str, value: Any) -> str:
         case Sequence() if len(value) > _ROWS and not isinstance(value[0], Mapping):
             return f"{len(value)} (--json shows them)"
         case Sequence():
-            return ", ".join(value_text(name, item) for item in value)
+            texts = [value_text(name, item) for item in value]
+            # Sentences stand in lines of their own, words in one.
+            return ("\n" if any(text.endswith(".") and " " in text for text in texts) else ", ").join(texts)
         case _:
             return str(value)
 

@@ -99,13 +99,18 @@ def _section(section: Section) -> str:
 
 def _table(table: Table) -> str:
     strong = set(table.strong)
-    # Only the first column is names; what follows is figures.
-    lines = [_line(table.header), "|" + "---|" + "---:|" * (len(table.header) - 1)]
+    columns = list(zip(*table.rows, strict=True)) or [()] * len(table.header)
+    marks = ("---:|" if column and all(map(_is_figure, column)) else "---|" for column in columns)
+    lines = [_line(table.header), "|" + "".join(marks)]
     for row, cells in enumerate(table.rows):
         shown = [_escape(cell) for cell in cells]
         marked = [f"**{c}**" if (row, column) in strong and c else c for column, c in enumerate(shown)]
         lines.append("| " + " | ".join(marked) + " |")
     return "\n".join(lines)
+
+
+def _is_figure(cell: str) -> bool:
+    return cell in ("", "none", "not finite") or re.fullmatch(r"[-+−±–…\d.,:%/e\s]+", cell) is not None
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -122,7 +127,11 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{name}.")
-        elif isinstance(value, bool | int | float | str) and name not in ("model", "path"):
+        elif isinstance(value, bool | str):
+            # What was chosen stands beside what was measured with it; alone it is the request's.
+            if prefix:
+                yield name, value
+        elif isinstance(value, int | float):
             yield name, value
 
 

@@ -115,7 +115,9 @@ def test_paths_of_this_machine_are_not_published() -> None:
     reference=st.text(min_size=1, max_size=40),
 )
 def test_no_value_breaks_out_of_its_place(values: dict[str, str], reference: str) -> None:
-    text = card(manifest(spec=values, metrics=values, parents=(parent(reference, license=reference),)))
+    text = card(
+        manifest(spec=values, metrics={"search": values}, parents=(parent(reference, license=reference),))
+    )
     assert front_matter(text)["tags"] == ["aidocks", "laser"]
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
