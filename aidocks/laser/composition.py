@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from aidocks.evaluate.measurements import Pairs
 from aidocks.evaluate.perplexity import Comparison
 from aidocks.laser.evaluation import Change, MeasureChange
 from aidocks.laser.matrices import Reduction
-from aidocks.laser.selection import PROMISING_Z, Candidate, Verdict, guarded_from, helps
+from aidocks.laser.selection import PROMISING_Z, STRONG_Z, Candidate, Verdict, guarded_from, helps
 from aidocks.plan import Stage
 
 #: Makes the unit that measures reductions on top of others; the text says what is measured.
@@ -22,9 +22,11 @@ class Composition:
     """The composition of measured candidates, one acceptance after another.
 
     Those that are promising alone are tested on top of what was accepted before, the most helpful first (or, for
-    ``backward``, in the order of their matrices, of each the most helpful first). The next ``parallelism`` of them are
-    measured at once on the present state; the first that helps is accepted and the measurements after it are discarded,
-    because the state has changed. So the answer is that of a strictly sequential search, whatever the parallelism.
+    ``backward``, in the order of their matrices, of each the most helpful first). After those that were significant on
+    a share of the data come those that nearly were: all of them at once, and one by one only if that does not help. The
+    next ``parallelism`` of them are measured at once on the present state; the first that helps is accepted and the
+    measurements after it are discarded, because the state has changed. So the answer is that of a strictly sequential
+    search, whatever the parallelism.
     Last, those that helped, but not significantly, are tried together: all, the better half, the better quarter of
     them and so on.
 
@@ -51,16 +53,38 @@ class Composition:
 
     def run(self) -> Generator[Stage, list[Change], list[Candidate]]:
         """Yield the stages of the composition; return all candidates with their verdicts, in the order given."""
-        yield from self._one_by_one()
+        waiting = self._promising()
+        if not self.in_order:
+            yield from self._one_by_one([c for c in waiting if c.decisive])
+            yield from self._at_once([c for c in waiting if not c.decisive])
+        yield from self._one_by_one(self._open(waiting))
         yield from self._together()
         return [self._verdicts.get(candidate.reduction, candidate) for candidate in self.candidates]
 
-    def _one_by_one(self) -> Generator[Stage, list[Change], None]:
+    def _promising(self) -> list[Candidate]:
         waiting = [c for c in self.candidates if c.verdict == "promising"]
         waiting.sort(key=lambda c: (not c.decisive, _delta(c), c.address, c.proposal.rank))
         if self.in_order:
             places = {c.address: number for number, c in enumerate(self.candidates)}
             waiting.sort(key=lambda c: places[c.address])
+        return waiting
+
+    def _open(self, waiting: Sequence[Candidate]) -> list[Candidate]:
+        return [c for c in waiting if c.reduction not in self._verdicts]
+
+    def _at_once(self, undecided: Sequence[Candidate]) -> Generator[Stage, list[Change], None]:
+        """Try those together that all of the data would probably prove one by one, at the cost of one of them."""
+        members = self._best_of_matrices(c for c in undecided if c.alone and c.alone.improved(STRONG_Z))
+        if len(members) < 2:
+            return
+        unit = self._unit(members, f"{len(members)} strong ones together")
+        (measured,) = yield Stage("compose", (unit,))
+        change = guarded_from(self._guards_of_base(), measured)
+        if helps(change, self.z_threshold):
+            self._take_group(change.objective.comparison, members, change.guards)
+
+    def _one_by_one(self, waiting: Sequence[Candidate]) -> Generator[Stage, list[Change], None]:
+        waiting = self._drop_taken(waiting)
         while waiting and self._room():
             # What was significant on the base needs no second measurement while the base is the present state.
             known = not self.accepted and waiting[0].decisive
@@ -104,13 +128,9 @@ class Composition:
         """Try the weakly helpful ones in nested groups; accept the group that helps most, if one does."""
         if not self._room():
             return
-        taken = {candidate.address for candidate in self.accepted}
         judged = (self._verdicts.get(c.reduction, c) for c in self.candidates)
-        weak = [c for c in judged if c.address not in taken and self._weakly_helpful(c)]
-        best_of_matrix: dict[str, Candidate] = {}
-        for candidate in sorted(weak, key=lambda c: (_z(c), c.address, c.proposal.rank)):
-            best_of_matrix.setdefault(candidate.address, candidate)
-        members = list(best_of_matrix.values())[: self._remaining()]
+        weak = (c for c in judged if self._weakly_helpful(c))
+        members = self._best_of_matrices(weak)
         groups = [members[: len(members) >> halvings] for halvings in range(len(members).bit_length())]
         groups = [group for group in groups if len(group) > 1]
         if not groups:
@@ -125,6 +145,15 @@ class Composition:
         ]
         if helpful:
             self._take_group(*min(helpful, key=lambda found: (found[0].delta, len(found[1]))))
+
+    def _best_of_matrices(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """Return of each matrix that no accepted reduction changes the best candidate, as many as there is room for."""
+        taken = {candidate.address for candidate in self.accepted}
+        best: dict[str, Candidate] = {}
+        for candidate in sorted(candidates, key=lambda c: (_z(c), c.address, c.proposal.rank)):
+            if candidate.address not in taken:
+                best.setdefault(candidate.address, candidate)
+        return list(best.values())[: self._remaining()]
 
     def _take_group(self, effect: Comparison, group: Sequence[Candidate], guards: Sequence[Pairs]) -> None:
         number = 1 + max((candidate.group or 0 for candidate in self.accepted), default=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -17,6 +17,7 @@ from aidocks.checkpoints.files import write_bytes
 from aidocks.checkpoints.header import TensorEntry
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import CorruptCheckpoint
+from aidocks.laser.batches import label_of
 from aidocks.laser.matrices import Matrix
 from aidocks.plan import Unit, UnitContext
 from aidocks.specs.laser import Rule
@@ -132,12 +133,55 @@ class ScanMatrix(Unit[MatrixSpectrum]):
         Raises:
             CorruptCheckpoint: For a matrix with entries that are not finite.
         """
-        values_N = _load(self.kept_at, self.matrix.full_rank)
-        if values_N is None:
-            entry = open_checkpoint(self.checkpoint, context).entries[self.matrix.name]
-            values_N = compute_values(entry, self.matrix, context.device)
-            _keep(self.kept_at, values_N)
-        return values_N
+        return values_of((self,), context)[0]
+
+
+class MatrixSpectra(BaseModel):
+    """The spectra of several matrices, in their order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    results: tuple[MatrixSpectrum, ...]
+
+
+class ScanMatrices(Unit[MatrixSpectra]):
+    """What several :class:`ScanMatrix` do, for matrices of one shape, as one batch; see ``batches``."""
+
+    result_type: ClassVar[type[BaseModel]] = MatrixSpectra
+
+    units: tuple[ScanMatrix, ...] = Field(min_length=1)
+
+    @property
+    def label(self) -> str:
+        return label_of(self.units)
+
+    @property
+    def weight(self) -> float:
+        return sum(unit.weight for unit in self.units)
+
+    def run(self, context: UnitContext) -> MatrixSpectra:
+        found = zip(self.units, values_of(self.units, context), strict=True)
+        return MatrixSpectra(
+            results=tuple(describe_spectrum(unit.matrix, values_N, unit.keeps) for unit, values_N in found)
+        )
+
+
+def values_of(units: Sequence[ScanMatrix], context: UnitContext) -> list[Values]:
+    """Return all singular values of matrices of one shape in one checkpoint, each as :meth:`ScanMatrix.values`.
+
+    Raises:
+        CorruptCheckpoint: For a matrix with entries that are not finite.
+    """
+    values = [_load(unit.kept_at, unit.matrix.full_rank) for unit in units]
+    missing = [place for place, values_N in enumerate(values) if values_N is None]
+    if missing:
+        entries = open_checkpoint(units[0].checkpoint, context).entries
+        matrices = [units[place].matrix for place in missing]
+        stored = [(entries[matrix.name], matrix) for matrix in matrices]
+        for place, values_N in zip(missing, compute_values(stored, context.device), strict=True):
+            _keep(units[place].kept_at, values_N)
+            values[place] = values_N
+    return [values_N for values_N in values if values_N is not None]
 
 
 def scan_units(
@@ -168,25 +212,27 @@ def scan_units(
     )
 
 
-def compute_values(entry: TensorEntry, matrix: Matrix, device: str = "cpu") -> Values:
-    """Return all singular values of a stored matrix, descending: float64 [N].
+def compute_values(stored: Sequence[tuple[TensorEntry, Matrix]], device: str = "cpu") -> list[Values]:
+    """Return all singular values of stored matrices of one shape, descending: float64 [N] of each.
 
     Raises:
         CorruptCheckpoint: For a matrix with entries that are not finite, or a file that has become shorter.
     """
     import numpy as np
 
-    from aidocks.laser.spectrum import gram, one_thread, values_of_gram
+    from aidocks.laser.spectrum import gram, one_thread, values_of_grams
 
     with one_thread(device):
-        values_N: Values = values_of_gram(gram(_blocks(entry, matrix), matrix.full_rank, device)).numpy()
-    if not np.isfinite(values_N).all():
-        raise CorruptCheckpoint(
-            f"The matrix {matrix.address} contains values that are not finite.",
-            value=matrix.address,
-            hint="Nothing can be said about such a model; restore its files, or look for another copy.",
-        )
-    return values_N
+        grams = [gram(_blocks(entry, matrix), matrix.full_rank, device) for entry, matrix in stored]
+        computed: list[Values] = [values_N.numpy() for values_N in values_of_grams(grams)]
+    for values_N, (_, matrix) in zip(computed, stored, strict=True):
+        if not np.isfinite(values_N).all():
+            raise CorruptCheckpoint(
+                f"The matrix {matrix.address} contains values that are not finite.",
+                value=matrix.address,
+                hint="Nothing can be said about such a model; restore its files, or look for another copy.",
+            )
+    return computed
 
 
 def describe_spectrum(matrix: Matrix, values_N: Values, keeps: tuple[float, ...] = ()) -> MatrixSpectrum:

@@ -18,6 +18,7 @@ from aidocks.checkpoints.files import OutputFile, write_bytes, write_text
 from aidocks.checkpoints.header import TensorEntry
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.writer import ShardPlan, ShardWriter, TensorPlan
+from aidocks.laser.batches import Device, look_at_device, run_in_batches
 from aidocks.laser.layer_lists import (
     SCORES,
     list_layers,
@@ -26,7 +27,7 @@ from aidocks.laser.layer_lists import (
     unfrozen_yaml,
 )
 from aidocks.laser.matrices import Matrix, find_matrices, select_matrices
-from aidocks.laser.scan import MatrixSpectrum, ScanMatrix, open_checkpoint, scan_units
+from aidocks.laser.scan import MatrixSpectrum, ScanMatrices, ScanMatrix, open_checkpoint, scan_units
 from aidocks.models.hub import FetchModel
 from aidocks.plan import Operation, Plan, PlanContext, Stage, Unit, UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.base import OperationResult, Spec
@@ -64,7 +65,10 @@ class LaserScan(Operation[LaserScanSpec, LaserScanResult]):
         result = _read(directory)
         if result is None:
             distinct = tuple(m for m in matrices if m.name not in hashes.same)
-            spectra = yield from scan(checkpoint, distinct, hashes.files, spec.keep, context.cache_dir)
+            device = yield from look_at_device()
+            spectra = yield from scan(
+                checkpoint, distinct, hashes.files, spec.keep, context.cache_dir, device
+            )
             result = yield from _write(spectra, hashes, spec, context, checkpoint, directory)
         else:
             context.say("These weights were scanned before with the same request.")
@@ -79,6 +83,7 @@ def scan(
     file_hashes: dict[str, str],
     keeps: tuple[float, ...],
     cache_dir: Path,
+    device: Device,
 ) -> Generator[Stage, list[Any], tuple[MatrixSpectrum, ...]]:
     """Yield the stage that scans these matrices and return their spectra, by layer and name.
 
@@ -88,11 +93,12 @@ def scan(
         file_hashes: SHA-256 of the weight files by name, see :class:`HashWeights`.
         keeps: See :class:`ScanMatrix`.
         cache_dir: Where singular values are kept.
+        device: Of the workers.
     """
     units = scan_units(checkpoint, matrices, file_hashes, cache_dir, keeps)
     # Longest first, so that no worker is left with a long one at the end.
     ordered = sorted(units, key=lambda unit: (-unit.weight, unit.matrix.order))
-    spectra = yield Stage("scan", tuple(ordered))
+    spectra = yield from run_in_batches("scan", ordered, device, lambda group: ScanMatrices(units=group))
     return tuple(sorted(spectra, key=lambda spectrum: spectrum.matrix.order))
 
 

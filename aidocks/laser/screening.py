@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from aidocks.evaluate.scoring import Batch, Task
 
-#: Bytes of directions that are kept between the batches of a unit, at most.
-_ROOM = 1 << 30
 #: Stands for the z of a change that is the same for every item.
 _LARGEST_Z = 1e9
 
@@ -260,16 +258,15 @@ class _Tape:
         import torch
 
         from aidocks.laser.calibration import linear_layers
+        from aidocks.laser.directions import directions_of
 
         self.sums = [_Sums(len(candidate.cuts)) for candidate in candidates]
         self._network = network
-        self._candidates = candidates
         self._by_address: dict[str, list[int]] = {}
         for index, candidate in enumerate(candidates):
             self._by_address.setdefault(candidate.address, []).append(index)
         self._layers = linear_layers(network, self._by_address)
-        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._room = _ROOM
+        self._directions = directions_of(network, candidates)
         self._items = 0
         self._rows = 0
         self._tokens = 0
@@ -328,7 +325,7 @@ class _Tape:
         rows = self._rows if known else 1  # a layer that picks its tokens: whose they are is not known
         y_BTO, d_BTO = y.reshape(rows, -1, width), gradient.reshape(rows, -1, width)
         for index in self._by_address[address]:
-            u_ON, dropped_NK = self._directions(index, shape, y)
+            u_ON, dropped_NK = self._directions.of(index, shape, y)
             g_BN = ((d_BTO @ u_ON).float() * (y_BTO @ u_ON).float()).sum(1)
             changes_BK = -(g_BN @ dropped_NK)
             if known:
@@ -342,50 +339,9 @@ class _Tape:
             for address, slot in slots:
                 g_OI, w_OI = slot.view(parameter.grad), slot.view(parameter.detach())
                 for index in self._by_address[address]:
-                    u_ON, dropped_NK = self._directions(index, tuple(w_OI.shape), w_OI)
+                    u_ON, dropped_NK = self._directions.of(index, tuple(w_OI.shape), w_OI)
                     g_N = ((u_ON.mT @ g_OI).float() * (u_ON.mT @ w_OI).float()).sum(1)
                     self.sums[index].add(-(g_N @ dropped_NK)[None], self._items)
             parameter.grad = None
 
         return watch
-
-    def _directions(
-        self, index: int, shape: tuple[int, ...], like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the directions that any cut of a candidate touches, and the share of each that it takes away.
-
-        The first to be read stay until the pass is over, as many as there is room for: all are asked for in turn, so
-        none is needed sooner than another.
-        """
-        kept = self._kept.get(index)
-        if kept is None:
-            kept = _read_directions(self._candidates[index], shape, like)
-            size = sum(tensor.nbytes for tensor in kept)
-            if size <= self._room:
-                self._kept[index] = kept
-                self._room -= size
-        return kept
-
-
-def _read_directions(
-    candidate: ScreenCandidate, shape: tuple[int, ...], like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read what :meth:`_Tape._directions` returns: u_ON in type and on the device of ``like``, and dropped_NK."""
-    import torch
-
-    from aidocks.laser.rules import shrink_factors
-    from aidocks.laser.truncation import load_directions, load_values
-
-    count = min(shape)
-    dropped_NK = torch.ones(count, len(candidate.cuts))
-    kept_N = (
-        torch.from_numpy(shrink_factors(load_values(candidate.basis).numpy(), (shape[0], shape[1]))).float()
-        if candidate.shrunken_ranks
-        else torch.ones(count)
-    )
-    for place, (rank, shrink) in enumerate(candidate.cuts):
-        dropped_NK[:rank, place] -= kept_N[:rank] if shrink else 1.0
-    # Leading directions that every cut keeps change nothing.
-    first = int(dropped_NK.any(1).float().argmax()) if bool(dropped_NK.any()) else count
-    u_ON = load_directions(candidate.basis, first).to(like.device, like.dtype, copy=True)
-    return u_ON, dropped_NK[first:].to(like.device, copy=True)

@@ -12,10 +12,11 @@ from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.evaluate.measurements import Pairs
 from aidocks.evaluate.objectives import ObjectiveSource, Part
+from aidocks.laser.batches import Device, look_at_device, run_in_batches
 from aidocks.laser.calibration import CollectCovariances, calibration_groups
 from aidocks.laser.checks import COVARIANCE_SHARDS
 from aidocks.laser.composition import Composition
-from aidocks.laser.decomposition import DecomposeMatrix, Decomposition
+from aidocks.laser.decomposition import DecomposeMatrices, DecomposeMatrix, Decomposition
 from aidocks.laser.evaluation import Change, MeasureChange
 from aidocks.laser.matrices import Matrix, Reduction
 from aidocks.laser.scan import MatrixSpectrum
@@ -93,10 +94,11 @@ class Search:
         """Yield the stages of the search over these matrices and return its findings."""
         (hashes,) = yield Stage("hash", (HashWeights(checkpoint=self.base.path, cache_dir=self.cache_dir),))
         keeps = tuple(sorted({share for _, share in self.spec.decisions if share is not None}))
-        spectra = yield from scan(self.base, matrices, hashes.files, keeps, self.cache_dir)
+        device = yield from look_at_device()
+        spectra = yield from scan(self.base, matrices, hashes.files, keeps, self.cache_dir, device)
         proposals = propose(spectra, self.spec)
         self.say(f"Scanned {len(spectra)} matrices; the rules propose {len(proposals)} reductions.")
-        candidates = yield from self._candidates(proposals)
+        candidates = yield from self._candidates(proposals, device)
         candidates = yield from self._measure(candidates)
         judged = yield from self._settle(candidates)
         return Findings(
@@ -167,11 +169,13 @@ class Search:
         self._tell(accepted, report.pairs)
         return {"scores": {"search": search.pairs, "held_out": held_out.pairs, "report": report.pairs}}
 
-    def _candidates(self, proposals: Sequence[Proposal]) -> Generator[Stage, list[Any], list[Candidate]]:
+    def _candidates(
+        self, proposals: Sequence[Proposal], device: Device
+    ) -> Generator[Stage, list[Any], list[Candidate]]:
         """Return what is measured: chosen by gradient, or by the order that the request asks for."""
         if self.spec.selection != "gradient":
-            return (yield from self._decompose(order_proposals(proposals, self.spec)))
-        candidates = yield from self._decompose(proposals)
+            return (yield from self._decompose(order_proposals(proposals, self.spec), device))
+        candidates = yield from self._decompose(proposals, device)
         if not candidates:
             return []
         candidates = yield from self._screen(candidates)
@@ -208,7 +212,9 @@ class Search:
             if (cut := cut_of(candidate.reduction)) in merits
         ]
 
-    def _decompose(self, proposals: Sequence[Proposal]) -> Generator[Stage, list[Any], list[Candidate]]:
+    def _decompose(
+        self, proposals: Sequence[Proposal], device: Device
+    ) -> Generator[Stage, list[Any], list[Candidate]]:
         covariances: tuple[OutputFile, ...] = ()
         informed = {p.matrix.address: p.matrix for p in proposals if p.truncation == "activation_aware"}
         if informed:
@@ -219,7 +225,9 @@ class Search:
             wanted.setdefault((proposal.matrix.address, proposal.truncation), []).append(proposal)
         order = sorted(wanted, key=lambda key: (-wanted[key][0].matrix.cost, key))
         units = tuple(self._decomposition_unit(wanted[key], key[1], covariances) for key in order)
-        made: list[Decomposition] = (yield Stage("decompose", units)) if units else []
+        made: list[Decomposition] = yield from run_in_batches(
+            "decompose", units, device, lambda group: DecomposeMatrices(units=group)
+        )
         bases = dict(zip(order, made, strict=True))
         found: dict[Cut, Candidate] = {}
         for proposal in proposals:

@@ -25,6 +25,8 @@ OBJECTION_Z = 2.0
 #: Reductions that helped by at least so many standard errors alone, but not significantly, are tried on top of what is
 #: accepted, and in the end together.
 PROMISING_Z = 1.0
+#: Those that helped by so many on a quarter of the data would have twice as many on all: probably enough.
+STRONG_Z = 2.0
 Verdict = Literal[
     "accepted",
     "accepted in a group",

@@ -7,12 +7,12 @@ The Gram matrix is summed over blocks of the longer side, so that no more than a
 the matrix is stored in.
 
 Shapes: w_OI a matrix as stored, w_NM the same with its smaller side first, w_BN a block of rows of its transpose, g_NN
-the Gram matrix, s_N the singular values.
+the Gram matrix, s_N the singular values, B matrices of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -48,7 +48,7 @@ def singular_values(w_OI: torch.Tensor) -> torch.Tensor:
     Returns:
         The values; NaN, all of them, of a matrix with an entry that is not finite.
     """
-    return values_of_gram(gram(blocks_of(w_OI), min(w_OI.shape)))
+    return values_of_grams([gram(blocks_of(w_OI), min(w_OI.shape))])[0]
 
 
 def blocks_of(w_OI: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -84,12 +84,24 @@ def gram(
     return g_NN
 
 
-def values_of_gram(g_NN: torch.Tensor) -> torch.Tensor:
-    """Return the roots of the eigenvalues of a Gram matrix, descending: float64 [N] on the CPU; NaN if it has any."""
-    if not bool(torch.isfinite(g_NN.diagonal()).all()):
-        return torch.full(g_NN.shape[:1], torch.nan, dtype=torch.float64)
-    descending: torch.Tensor = torch.linalg.eigvalsh(g_NN).clamp_min(0).sqrt().flip(0)
-    return descending.cpu()
+def values_of_grams(grams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the roots of the eigenvalues of Gram matrices g_NN of one size, which are computed as one batch.
+
+    Returns:
+        Of each, descending: float64 [N] on the CPU; NaN, all of them, of one that has any.
+    """
+    values = [torch.full(g_NN.shape[:1], torch.nan, dtype=torch.float64) for g_NN in grams]
+    finite = [place for place, g_NN in enumerate(grams) if bool(torch.isfinite(g_NN.diagonal()).all())]
+    if finite:
+        eigenvalues_BN = torch.linalg.eigvalsh(stack([grams[place] for place in finite]))
+        for place, descending_N in zip(finite, eigenvalues_BN.clamp_min(0).sqrt().flip(1).cpu(), strict=True):
+            values[place] = descending_N
+    return values
+
+
+def stack(grams: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return matrices [N, N] as a batch [B, N, N]; a single one, which may be large, without a copy."""
+    return grams[0][None] if len(grams) == 1 else torch.stack(tuple(grams))
 
 
 def _small_side_first(w_OI: torch.Tensor) -> torch.Tensor:

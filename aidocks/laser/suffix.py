@@ -75,21 +75,14 @@ class SuffixForward:
     def expect(self, tokens: int) -> None:
         """Prepare for batches of so many tokens in all (with padding): keep so many outputs as the limit allows.
 
-        What is kept already is thinned out; where that leaves too little it goes, and :meth:`keeps` tells.
+        What is kept already is thinned out.
         """
         affordable = self._limit // max(1, tokens * self._bytes_per_token)
         stride = math.ceil(self.depth / affordable) if affordable else self.depth + 1
-        stride, before = max(1, stride), self.stride
-        self.stride = stride
-        if stride % before:
-            self._kept.clear()
+        self.stride = max(1, stride)
         for kept in self._kept.values():
             for done in [done for done in kept if done % self.stride]:
                 del kept[done]
-
-    def keeps(self, key: Hashable) -> bool:
-        """Say whether the outputs of a batch are kept, as far as they are kept at all."""
-        return key in self._kept
 
     def forget(self, start: int = 0) -> None:
         """Forget what depends on layer ``start`` and those above."""
@@ -108,25 +101,26 @@ class SuffixForward:
         positions_K: torch.Tensor | None,
         *,
         start: int = 0,
-        keep: bool = False,
     ) -> torch.Tensor:
         """Return the logits of a batch [B, K, V]; the next call may overwrite them.
+
+        Whatever runs from the start on, outputs below it are the base state's, and are kept: no forward is spent on
+        them alone, of a base whose losses are known.
 
         Args:
             key: Of the batch, the same whenever the ids and the mask are the same.
             ids_BT: As for :data:`aidocks.evaluate.scoring.Forward`, and so are mask and positions.
             mask_BT: See there.
             positions_K: See there.
-            start: First layer that differs from the base state in which outputs were kept.
-            keep: Keep the outputs: the network is in its base state.
+            start: First layer that differs from the base state; L where the network is in it.
         """
-        kept = self._kept.setdefault(key, {}) if keep else self._kept.get(key, {})
+        kept = self._kept.setdefault(key, {})
         begin = max((done for done in kept if done <= start), default=0)
         self.layers_run += self.depth - begin
         instead: list[tuple[Any, Any]] = [(layer, _returning(kept[begin])) for layer in self._layers[:begin]]
         if self._head is not None:
             instead.append((self._head, self._head_forward))
-        with _replaced(instead), self._keeping(kept if keep else None, begin):
+        with _replaced(instead), self._keeping(kept, begin, start):
             return self._forward(ids_BT, mask_BT, positions_K)
 
     def _head_forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -143,13 +137,11 @@ class SuffixForward:
         return logits.view(*hidden.shape[:-1], len(weight_VH))
 
     @contextmanager
-    def _keeping(self, kept: dict[int, Any] | None, begin: int) -> Iterator[None]:
-        if kept is None:
-            yield
-            return
+    def _keeping(self, kept: dict[int, Any], begin: int, end: int) -> Iterator[None]:
+        """Keep the outputs of the layers from one to another, as far as there is room for them."""
         handles = [
             self._layers[done - 1].register_forward_hook(_keep_in(kept, done))
-            for done in range(begin + 1, self.depth + 1)
+            for done in range(begin + 1, end + 1)
             if done % self.stride == 0
         ]
         try:
@@ -176,7 +168,7 @@ class SuffixForward:
             if not torch.equal(whole, self.forward("plain", ids_BT, None, None)):
                 self._head = None
             order.clear()
-            self.forward("probe", ids_BT, None, None, keep=True)
+            self.forward("probe", ids_BT, None, None, start=depth)
             if order != list(range(depth)):
                 return False
             self._bytes_per_token = max(

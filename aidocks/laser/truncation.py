@@ -9,12 +9,13 @@ E|W x - W_k x|² = |(W - W_k) C^{1/2}|²: the truncated SVD of W C^{1/2}, as in 
 Both come from the eigenvectors of the Gram matrix of the smaller side: in fp64 as exact as the SVD (to about 1e-14 in
 W_k) at a third of its cost.
 
-Shapes: w_OI a matrix as stored (of a linear layer: outputs x inputs), N = min(O, I), K the rank that is kept,
-u_ON the directions, s_N their singular values, c_II the second moments of the inputs.
+Shapes: w_OI a matrix as stored (of a linear layer: outputs x inputs), N = min(O, I), K the rank that is kept, B
+matrices of a batch, u_ON the directions, s_N their singular values, c_II the second moments of the inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 
 from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.writer import ShardPlan, ShardWriter, TensorPlan
+from aidocks.laser.spectrum import stack
 
 #: How a basis is computed. `mixed`: the decomposition in fp64, the directions rounded to fp32. `double`: fp64
 #: throughout, the rank-k matrix then agrees with an fp64 SVD to 1e-12. `single`: fp32 throughout, at half the cost
@@ -55,11 +57,7 @@ def weight_basis(w_OI: torch.Tensor, *, precision: Precision = "mixed") -> Basis
         w_OI: Any floating-point type and device, on which the basis will be. Not changed.
         precision: See :data:`Precision`.
     """
-    w_OI = _computed(w_OI, precision)
-    if w_OI.shape[0] <= w_OI.shape[1]:
-        return _from_outputs(w_OI @ w_OI.mT, precision)
-    values_N, v_IN = _descending(w_OI.mT @ w_OI)
-    return _from_inputs(w_OI @ v_IN, values_N, precision)
+    return bases([(w_OI, None)], precision=precision)[0]
 
 
 def activation_basis(
@@ -74,19 +72,36 @@ def activation_basis(
         ridge: Added to the diagonal of C, as a share of the diagonal's mean. More is added where C is not
             positive definite even so, and its inverse matters (O > I).
     """
-    w_OI = _computed(w_OI, precision)
-    c_II = covariance_II.to(w_OI.device, w_OI.dtype)  # may be the largest by far, and is not copied again
-    assert c_II.shape == (w_OI.shape[1],) * 2, f"{tuple(c_II.shape)} for a matrix {tuple(w_OI.shape)}"
-    mean = float(c_II.diagonal().mean())
-    if mean <= 0:  # nothing ever came in: every output error is zero, whatever is kept
-        return weight_basis(w_OI, precision=precision)
-    if w_OI.shape[0] <= w_OI.shape[1]:
-        g_OO = (w_OI @ c_II).add_(w_OI, alpha=ridge * mean) @ w_OI.mT
-        return _from_outputs((g_OO + g_OO.mT) / 2, precision)
-    # With C = L Lᵀ the singular vectors of W L are those of W C^{1/2}, and the small side's Gram matrix is Lᵀ WᵀW L.
-    l_II = _cholesky(c_II, ridge * mean).to(w_OI.dtype)
-    values_N, v_IN = _descending(l_II.mT @ (w_OI.mT @ w_OI) @ l_II)
-    return _from_inputs(w_OI @ (l_II @ v_IN), values_N, precision)
+    return bases([(w_OI, covariance_II)], precision=precision, ridge=ridge)[0]
+
+
+def bases(
+    matrices: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
+    *,
+    precision: Precision = "mixed",
+    ridge: float = RIDGE,
+) -> list[Basis]:
+    """Return the bases of matrices of one shape on one device, whose eigenvectors are computed as one batch.
+
+    Args:
+        matrices: Each as for :func:`weight_basis`, with second moments as for :func:`activation_basis`, or None for a
+            basis by weight.
+        precision: See :data:`Precision`.
+        ridge: As for :func:`activation_basis`.
+
+    Returns:
+        What each matrix alone would get, up to rounding.
+    """
+    problems = [_problem(_computed(w_OI, precision), c_II, ridge) for w_OI, c_II in matrices]
+    eigenvalues_BN, vectors_BNN = torch.linalg.eigh(stack([problem.gram_NN for problem in problems]))
+    made: list[Basis] = []
+    for problem, eigenvalues_N, vectors_NN in zip(problems, eigenvalues_BN, vectors_BNN, strict=True):
+        values_N, v_NN = eigenvalues_N.clamp_min(0).sqrt().flip(0), vectors_NN.flip(1)
+        if problem.images is None:
+            made.append(_basis(v_NN, values_N, precision))
+        else:
+            made.append(_from_inputs(problem.images(v_NN), values_N, precision))
+    return made
 
 
 def reduce(w_OI: torch.Tensor, basis: Basis, rank: int, *, shrink: bool = False) -> torch.Tensor:
@@ -180,10 +195,39 @@ def _computed(w_OI: torch.Tensor, precision: Precision) -> torch.Tensor:
     return w_OI.to(torch.float32 if precision == "single" else torch.float64)
 
 
-def _descending(gram_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the roots of a Gram matrix's eigenvalues, descending [N], and its eigenvectors as columns [N, N]."""
-    eigenvalues_N, vectors_NN = torch.linalg.eigh(gram_NN)
-    return eigenvalues_N.clamp_min(0).sqrt().flip(0), vectors_NN.flip(1)
+class _Problem(NamedTuple):
+    """What the basis of a matrix comes from.
+
+    Attributes:
+        gram_NN: Its eigenvectors, by descending eigenvalue, are v_NN.
+        images: v_NN -> multiples of the directions [O, N]; None where they are the directions themselves.
+    """
+
+    gram_NN: torch.Tensor  # noqa: N815
+    images: Callable[[torch.Tensor], torch.Tensor] | None
+
+
+def _problem(w_OI: torch.Tensor, covariance_II: torch.Tensor | None, ridge: float) -> _Problem:
+    wide = w_OI.shape[0] <= w_OI.shape[1]
+    if covariance_II is not None:
+        c_II = covariance_II.to(w_OI.device, w_OI.dtype)  # may be the largest by far, and is not copied again
+        assert c_II.shape == (w_OI.shape[1],) * 2, f"{tuple(c_II.shape)} for a matrix {tuple(w_OI.shape)}"
+        mean = float(c_II.diagonal().mean())
+        if mean > 0:
+            return _informed(w_OI, c_II, ridge * mean, wide=wide)
+        # Nothing ever came in: every output error is zero, whatever is kept.
+    if wide:
+        return _Problem(w_OI @ w_OI.mT, None)
+    return _Problem(w_OI.mT @ w_OI, lambda v_IN: w_OI @ v_IN)
+
+
+def _informed(w_OI: torch.Tensor, c_II: torch.Tensor, ridge: float, *, wide: bool) -> _Problem:
+    if wide:
+        g_OO = (w_OI @ c_II).add_(w_OI, alpha=ridge) @ w_OI.mT
+        return _Problem((g_OO + g_OO.mT) / 2, None)
+    # With C = L Lᵀ the singular vectors of W L are those of W C^{1/2}, and the small side's Gram matrix is Lᵀ WᵀW L.
+    l_II = _cholesky(c_II, ridge).to(w_OI.dtype)
+    return _Problem(l_II.mT @ (w_OI.mT @ w_OI) @ l_II, lambda v_IN: w_OI @ (l_II @ v_IN))
 
 
 def _cholesky(c_II: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -198,11 +242,6 @@ def _cholesky(c_II: torch.Tensor, ridge: float) -> torch.Tensor:
             return l_II
         c_II.diagonal().add_(more)
         more *= 10
-
-
-def _from_outputs(gram_OO: torch.Tensor, precision: Precision) -> Basis:
-    values_N, u_ON = _descending(gram_OO)
-    return _basis(u_ON, values_N, precision)
 
 
 def _from_inputs(images_ON: torch.Tensor, values_N: torch.Tensor, precision: Precision) -> Basis:

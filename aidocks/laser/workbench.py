@@ -20,7 +20,7 @@ from aidocks.evaluate.scoring import Batch, Forward, Task, context_length, load_
 from aidocks.laser.matrices import Reduction, find_matrices, parse_address, stored_matrix
 from aidocks.laser.suffix import LEAST_LIMIT, SuffixForward, cache_limit
 from aidocks.laser.truncation import load_basis, reduce
-from aidocks.plan import UnitContext
+from aidocks.plan import UnitContext, WorkerCache
 
 # transformers 5 keeps the experts of a layer in two three-dimensional parameters, whose first half along
 # the middle axis is the gate; checkpoints name each expert's matrices, as Mixtral (w1, w2, w3) or as its
@@ -34,9 +34,17 @@ _FUSED_KINDS = {
     "w2": ("down_proj", None),
     "down_proj": ("down_proj", None),
 }
-#: `name[3]`: the matrix of expert 3 in a tensor that holds those of all.
-
 State = dict[str, Reduction]
+#: States whose losses on one part of an objective a worker remembers; those of the latest are needed again.
+_KEPT_MEASUREMENTS = 1024
+
+
+class _Known(NamedTuple):
+    """Losses of one state on one task, as far as they were measured: those of its items, by the number of a batch."""
+
+    task: str
+    state: State
+    losses: dict[int, list[float]]
 
 
 class Slot(NamedTuple):
@@ -68,7 +76,8 @@ class Workbench:
 
     A reduced matrix is always computed from the stored one, as the writer of the result does, and a matrix
     that is put back comes from a copy taken when it was first replaced: so a state never depends on the
-    states before it.
+    states before it. Therefore its losses are measured once: a change that is accepted brings those of the next base
+    along, and the figures of the result cost nothing more.
     """
 
     def __init__(self, model: CausalLM, checkpoint: Checkpoint, *, limit: int = LEAST_LIMIT) -> None:
@@ -83,7 +92,7 @@ class Workbench:
         self._reduced: dict[Reduction, torch.Tensor] = {}
         self._part: Part | None = None
         self._tasks: dict[str, Task] = {}
-        self._before: dict[str, dict[int, list[float]]] = {}
+        self._measured = WorkerCache(_KEPT_MEASUREMENTS)
 
     def apply(self, reductions: Sequence[Reduction]) -> None:
         """Bring the model to the state in which exactly these matrices are reduced; of one matrix the last counts.
@@ -117,7 +126,6 @@ class Workbench:
         if changed:
             # Forgotten first: when the new base turns out to be impossible, nothing stale is left.
             self.suffix.forget(self._start(changed))
-            self._before.clear()
             self.base = base
 
     def expect(self, sources: Sequence[ObjectiveSource], part: Part) -> None:
@@ -130,7 +138,6 @@ class Workbench:
             # The units of one stage are of one part: what was kept of another is not needed any more.
             self._part = part
             self._tasks.clear()
-            self._before.clear()
             self.suffix.forget()
         fresh = {key: source for source in sources if (key := source.model_dump_json()) not in self._tasks}
         longest = context_length(self.model.network)
@@ -162,28 +169,26 @@ class Workbench:
         Returns:
             The items measured so far, and their losses.
         """
-        key = source.model_dump_json()
         self.expect([source], part)
-        task = self._tasks[key]
-        base, state = list(self.base.values()), [*self.base.values(), *added]
-        self._reduced = {r: reduced for r, reduced in self._reduced.items() if r in state}
-        start = self._start([reduction.address for reduction in added])
+        task = self._tasks[source.model_dump_json()]
+        state = self.base | {reduction.address: reduction for reduction in added}
+        self._reduced = {r: reduced for r, reduced in self._reduced.items() if r in state.values()}
+        of_base, of_state = self._known(source, part, self.base), self._known(source, part, state)
         positions: list[int] = []
         before: list[float] = []
         after: list[float] = []
         tokens = 0
         for batches in task.segments:
-            self._fill(key, task, batches, base)
-            if added:
-                self.apply(state)
+            # All of the base first: the changed matrices are put in once for a segment.
             for batch in batches:
-                known = self._before[key][batch.number]
-                changed = self._losses(task, batch, key, start=start, keep=False) if added else known
+                self._complete(of_base, task, batch)
+            for batch in batches:
+                self._complete(of_state, task, batch)
                 positions += [item.position for item in batch.items]
-                before += known
-                after += changed
+                before += of_base.losses[batch.number]
+                after += of_state.losses[batch.number]
                 tokens += batch.tokens
-                if None in finite_losses(changed):
+                if None in finite_losses(of_state.losses[batch.number]):
                     return self._pairs(task, positions, before, after, tokens)
             pairs = self._pairs(task, positions, before, after, tokens)
             decided = z_threshold is not None and decide(pairs, task.size, z_threshold) != "continue"
@@ -191,24 +196,22 @@ class Workbench:
                 break
         return pairs
 
-    def _fill(self, key: str, task: Task, batches: Sequence[Batch], base: Sequence[Reduction]) -> None:
-        """Measure the base on batches on which it was not measured yet, and keep what its layers put out.
+    def _known(self, source: ObjectiveSource, part: Part, state: State) -> _Known:
+        """Return what was measured of a state on a part of an objective; whatever is measured next is added to it."""
+        task = source.model_dump_json()
+        reductions = sorted(reduction.model_dump_json() for reduction in state.values())
+        losses = self._measured.get("\n".join((part, task, *reductions)), dict)
+        return _Known(task, state, losses)
 
-        A batch whose outputs had to go is measured again, as new: that costs one forward, their absence one for every
-        change.
-        """
-        known = self._before.setdefault(key, {})
-        missing = [b for b in batches if b.number not in known or not self.suffix.keeps((key, b.number))]
-        if missing:
-            self.apply(base)
-        for batch in missing:
-            known[batch.number] = self._losses(task, batch, key, start=self.suffix.depth, keep=True)
-
-    @torch.inference_mode()
-    def _losses(self, task: Task, batch: Batch, key: str, *, start: int, keep: bool) -> list[float]:
-        forward: Forward = partial(self.suffix.forward, (key, batch.number), start=start, keep=keep)
-        losses: list[float] = task.losses(batch, forward).tolist()
-        return losses
+    def _complete(self, known: _Known, task: Task, batch: Batch) -> None:
+        """Measure a batch in a state, unless that was done before."""
+        if batch.number in known.losses:
+            return
+        self.apply(list(known.state.values()))
+        start = self._start([a for a, reduction in known.state.items() if reduction != self.base.get(a)])
+        forward: Forward = partial(self.suffix.forward, (known.task, batch.number), start=start)
+        with torch.inference_mode():
+            known.losses[batch.number] = task.losses(batch, forward).tolist()
 
     def _pairs(
         self, task: Task, positions: list[int], before: list[float], after: list[float], tokens: int

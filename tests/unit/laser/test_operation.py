@@ -16,6 +16,7 @@ from aidocks.errors import AIDocksError, IncompatibleModels, InsufficientDisk, I
 from aidocks.evaluate.perplexity import MeasurePerplexity
 from aidocks.evaluate.texts import TextSource, read_text
 from aidocks.jobs.submit import plan_context
+from aidocks.laser.batches import Device, LookAtDevice
 from aidocks.laser.checks import check_base, workspace_bytes
 from aidocks.laser.operation import Laser
 from aidocks.models.registry import Registry
@@ -216,6 +217,21 @@ def test_workers_and_interruptions_leave_no_trace_in_the_result(
         assert same(driver.run(spec("tiny", name, **fields)), expected)
         assert digests(registry.path(name)) == files
         assert len(driver.ran) == units, "a finished unit was run again"
+
+
+def test_matrices_decomposed_in_batches_give_the_same_result(
+    settings: Settings, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(settings.models_dir)
+    expected = Driver(settings, job_id="job-alone").run(spec(base, "alone"))
+    monkeypatch.setattr(LookAtDevice, "run", lambda unit, context: Device(gpu_bytes=1 << 40))
+    driver = Driver(settings, parallelism=2, job_id="job-batches")
+    result = driver.run(spec(base, "batches"))
+    assert sum(" more of " in label for label in driver.ran) >= 4  # k_proj and o_proj, scanned and decomposed
+    assert [(a.name, a.rank) for a in result.accepted] == [(a.name, a.rank) for a in expected.accepted]
+    before, after = tensors(registry.path("alone")), tensors(registry.path("batches"))
+    for name, tensor in before.items():
+        assert (after[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max()
 
 
 def same(one: LaserResult, other: LaserResult) -> bool:

@@ -148,7 +148,7 @@ def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
     with (directory / "model.safetensors").open("r+b") as file:
         file.truncate(entry.end - 10)
     with pytest.raises(CorruptCheckpoint, match=r"shorter.*a\.weight"):
-        scan.compute_values(entry, unit.matrix)
+        scan.compute_values([(entry, unit.matrix)])
 
 
 def test_values_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def add(settings: Settings, name: str, tensors: dict[str, torch.Tensor], config:
 def test_a_whole_scan(settings: Settings, stories: str) -> None:
     driver = Driver(settings)
     result = driver.run(model=stories, keep=[0.5], top_fractions=[0.5, 0.25])
-    assert driver.stages == ["hash", "scan", "pictures", "report"]
+    assert driver.stages == ["hash", "device", "scan", "pictures", "report"]
     config = json.loads((Registry(settings.models_dir).path(stories) / "config.json").read_text())
     layers = config["num_hidden_layers"]
     assert result.matrices_scanned == len(result.matrices) == 7 * layers + 1
@@ -144,7 +144,7 @@ def test_a_second_request_reads_no_tensor(
     # Another request of the same bytes: decisions are made again, of the values that were kept.
     other = Driver(settings)
     assert other.run(model=stories, keep=[0.3]).path != first.path
-    assert other.stages == ["hash", "scan", "pictures", "report"]
+    assert other.stages == ["hash", "device", "scan", "pictures", "report"]
     # A file that was lost is written again.
     assert first.path is not None
     (Path(first.path) / "spectra.png").unlink()

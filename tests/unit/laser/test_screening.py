@@ -16,8 +16,7 @@ from aidocks.evaluate.causal_lm import load
 from aidocks.evaluate.objectives import ObjectiveSource, size_objective
 from aidocks.evaluate.scoring import Task, load_task, plain_forward
 from aidocks.evaluate.texts import TextSource
-from aidocks.laser import screening
-from aidocks.laser import truncation as truncation_module
+from aidocks.laser import directions
 from aidocks.laser.screening import (
     CutSums,
     Prediction,
@@ -266,9 +265,10 @@ def test_directions_are_read_once_as_long_as_there_is_room(
         begins.append(first)
         return load_directions(path, first)
 
-    monkeypatch.setattr(truncation_module, "load_directions", counted)
-    monkeypatch.setattr(screening, "_ROOM", room)
-    assert screen(loaded.network, task, task.batches, candidates) == expected
+    monkeypatch.setattr(directions, "load_directions", counted)
+    monkeypatch.setattr(directions, "_ROOM", room)
+    network = load(model, None, "cpu").network
+    assert screen(network, task, task.batches, candidates) == expected
     assert set(reads) == {candidate.basis for candidate in candidates}
     assert set(begins) == {0, 1}  # the first is kept by every cut, unless one shrinks it
     times = [reads.count(candidate.basis) for candidate in candidates]
@@ -277,6 +277,12 @@ def test_directions_are_read_once_as_long_as_there_is_room(
     else:
         assert max(times) == len(task.batches)
         assert (min(times) == 1) == (room > 0)
+    # Another share of the data for the same network asks for the same directions; other candidates have others.
+    reads.clear()
+    screen(network, task, task.batches[:1], candidates)
+    assert len(reads) == (0 if most_reads else sum(count > 1 for count in times))
+    screen(network, task, task.batches[:1], candidates[:1])
+    assert reads[-1] == candidates[0].basis
 
 
 def test_a_model_is_left_as_it_was(model: Path, tmp_path: Path) -> None:

@@ -239,6 +239,37 @@ def test_weak_ones_are_accepted_together_or_not_at_all() -> None:
     assert len(Simulation(weak).run(max_accepted=3)[0]) == 3
 
 
+def measured_on_a_quarter(simulation: Simulation) -> list[Candidate]:
+    changes = [simulation.change([], [i]) for i in range(len(simulation.single))]
+    return [candidate(i).measured(change, 4 * ITEMS, 3.0) for i, change in enumerate(changes)]
+
+
+@pytest.mark.parametrize("parallelism", [1, 4])
+def test_nearly_proven_ones_are_tried_at_once_and_one_by_one_if_that_fails(parallelism: int) -> None:
+    # On a quarter of the data: the first is significant, two nearly are, the last is promising at best.
+    effects = [-0.05, -0.004, -0.0038, -0.0018]
+
+    def drive(simulation: Simulation) -> tuple[list[str], list[int]]:
+        given = measured_on_a_quarter(simulation)
+        assert [c.decisive for c in given] == [True, False, False, False]
+        assert {c.verdict for c in given} == {"promising"}
+        composition = Composition(given, _unit, 3.0, None, parallelism)
+        judged = simulation.drive(composition)
+        return [c.verdict for c in judged], composition.steps
+
+    together, apart = Simulation(effects), Simulation(effects, joint={(1, 2): 0.008})
+    assert drive(together) == (
+        ["accepted", "accepted in a group", "accepted in a group", "not significant in composition"],
+        [1, 3],
+    )
+    assert together.stages == [1, 1]
+    assert drive(apart) == (
+        ["accepted", "accepted", "not significant in composition", "not significant in composition"],
+        [1, 2],
+    )
+    assert apart.stages[0] == 1
+
+
 def test_what_hurts_a_guard_is_never_accepted() -> None:
     accepted, verdicts = Simulation([-0.05, -0.04, -0.0018, -0.0018], harm=[0.01, 0.0, 0.01, 0.0]).run()
     assert accepted == [1]

@@ -62,7 +62,7 @@ def test_suffixes_give_the_bits_of_a_whole_forward(architecture: str, dtype: tor
     assert suffix.depth == 4, "an architecture of this list has a chain of layers"
     for padding, positions_K in ((0, None), (5, torch.tensor([2, 3, 6]))):
         ids_BT, mask_BT = batch(padding=padding)
-        base = suffix.forward(padding, ids_BT, mask_BT, positions_K, keep=True).clone()
+        base = suffix.forward(padding, ids_BT, mask_BT, positions_K, start=4).clone()
         assert torch.equal(base, whole(ids_BT, mask_BT, positions_K))
         for start, layer in enumerate(decoder_layers(network)):
             matrix = first_matrix(layer)
@@ -84,11 +84,11 @@ def test_a_new_base_keeps_what_lies_below_the_change() -> None:
     network = make("llama")
     suffix, whole = SuffixForward(network), plain_forward(network)
     ids_BT, _ = batch()
-    suffix.forward(0, ids_BT, None, None, keep=True)
+    suffix.forward(0, ids_BT, None, None, start=suffix.depth)
     first_matrix(decoder_layers(network)[2]).data.mul_(0.5)
     suffix.forget(2)
     suffix.layers_run = 0
-    assert torch.equal(suffix.forward(0, ids_BT, None, None, start=4, keep=True), whole(ids_BT, None, None))
+    assert torch.equal(suffix.forward(0, ids_BT, None, None, start=4), whole(ids_BT, None, None))
     assert suffix.layers_run == 2
     suffix.forget(0)
     assert suffix.kept_bytes == 0
@@ -103,7 +103,7 @@ def test_what_is_kept_stays_below_the_limit(share: float, stride: int) -> None:
     suffix, whole = SuffixForward(network, limit=int(share * everything)), plain_forward(network)
     suffix.expect(ids_BT.numel())
     assert suffix.stride == stride
-    suffix.forward(0, ids_BT, None, None, keep=True)
+    suffix.forward(0, ids_BT, None, None, start=suffix.depth)
     assert suffix.kept_bytes <= share * everything
     for start, layer in enumerate(decoder_layers(network)):
         matrix = first_matrix(layer)
@@ -116,30 +116,35 @@ def test_what_is_kept_stays_below_the_limit(share: float, stride: int) -> None:
 @torch.inference_mode()
 def test_more_batches_than_expected_thin_out_what_is_kept() -> None:
     ids_BT, _ = batch()
-    suffix = SuffixForward(make("llama"), limit=4 * ids_BT.numel() * 32 * 4)
+    network = make("llama")
+    suffix, whole = SuffixForward(network, limit=4 * ids_BT.numel() * 32 * 4), plain_forward(network)
     suffix.expect(ids_BT.numel())
-    suffix.forward(0, ids_BT, None, None, keep=True)
-    before = suffix.kept_bytes
-    suffix.expect(2 * ids_BT.numel())
-    assert suffix.stride == 2
-    assert suffix.kept_bytes == before / 2
-    assert suffix.keeps(0)
+    suffix.forward(0, ids_BT, None, None, start=4)
+    everything = suffix.kept_bytes
+    for tokens, stride, left in ((2, 2, 2), (3, 4, 1), (5, 5, 0)):
+        suffix.expect(tokens * ids_BT.numel())
+        assert suffix.stride == stride
+        assert suffix.kept_bytes == everything * left / 4
+        assert torch.equal(suffix.forward(0, ids_BT, None, None, start=3), whole(ids_BT, None, None))
 
 
 @torch.inference_mode()
-def test_what_a_new_stride_does_not_find_kept_is_forgotten_and_said_so() -> None:
-    ids_BT, _ = batch()
+def test_a_changed_network_keeps_what_lies_below_its_change() -> None:
     network = make("llama")
-    suffix, whole = SuffixForward(network, limit=2 * ids_BT.numel() * 32 * 4), plain_forward(network)
-    assert not suffix.keeps(0)
-    for tokens, stride, kept in ((1, 2, True), (2, 4, True), (3, 5, False)):
-        suffix.expect(tokens * ids_BT.numel())
-        if tokens == 1:
-            suffix.forward(0, ids_BT, None, None, keep=True)
-        assert suffix.stride == stride
-        assert suffix.keeps(0) == kept
-    assert suffix.kept_bytes == 0
-    assert torch.equal(suffix.forward(0, ids_BT, None, None, start=3), whole(ids_BT, None, None))
+    suffix, whole = SuffixForward(network), plain_forward(network)
+    ids_BT, _ = batch()
+    before = whole(ids_BT, None, None)
+    last = first_matrix(decoder_layers(network)[3])
+    original = last.data.clone()
+    last.data.mul_(1.5)
+    for layers in (4, 1):
+        suffix.layers_run = 0
+        assert torch.equal(suffix.forward(0, ids_BT, None, None, start=3), whole(ids_BT, None, None))
+        assert suffix.layers_run == layers
+    last.data.copy_(original)
+    suffix.layers_run = 0
+    assert torch.equal(suffix.forward(0, ids_BT, None, None, start=4), before)
+    assert suffix.layers_run == 1
 
 
 def test_a_workers_limit_is_its_share_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +167,7 @@ def test_embeddings_and_heads_have_their_place() -> None:
     assert suffix.start_of(untied.model.embed_tokens.weight) == 0
     assert suffix.start_of(untied.model.norm.weight) == 0
     ids_BT, _ = batch()
-    suffix.forward(0, ids_BT, None, None, keep=True)
+    suffix.forward(0, ids_BT, None, None, start=suffix.depth)
     untied.lm_head.weight.data.mul_(0.5)
     whole = plain_forward(untied)(ids_BT, None, None)
     assert torch.equal(suffix.forward(0, ids_BT, None, None, start=4), whole)
@@ -187,7 +192,7 @@ def test_layers_with_secret_passages_run_whole() -> None:
     assert suffix.depth == 0
     assert suffix.start_of(first_matrix(last)) == 0
     ids_BT, _ = batch()
-    suffix.forward(0, ids_BT, None, None, keep=True)
+    suffix.forward(0, ids_BT, None, None, start=suffix.depth)
     assert torch.equal(suffix.forward(0, ids_BT, None, None), whole(ids_BT, None, None))
 
 
@@ -212,7 +217,7 @@ def test_an_interrupted_forward_leaves_the_network_as_it_was(monkeypatch: pytest
     network = make("llama")
     suffix, whole = SuffixForward(network), plain_forward(network)
     ids_BT, _ = batch()
-    base = suffix.forward(0, ids_BT, None, None, keep=True).clone()
+    base = suffix.forward(0, ids_BT, None, None, start=suffix.depth).clone()
     with monkeypatch.context() as broken:
         broken.setattr(network.model.norm, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
