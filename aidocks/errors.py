@@ -178,6 +178,13 @@ class IncompatibleModels(InvalidSpec):
     title = "The models do not fit together"
 
 
+class ValueTooLarge(IncompatibleModels):
+    """A value that was computed has none in the type that it is to be stored in."""
+
+    code = "value_too_large"
+    title = "A value is too large for its type"
+
+
 class NotFound(AIDocksError, LookupError):
     """Something that was asked for by name does not exist."""
 

@@ -62,10 +62,11 @@ OPERATIONS = (
     Registration("merge", "aidocks.specs.merge:MergeSpec", "aidocks.merge.operation:Merge",
                  "Merge models of one shape: SLERP, TIES, DARE and all that mergekit's files can say."),
     Registration("merge-evolve", "aidocks.specs.merge_evolve:MergeEvolveSpec",
-                 "aidocks.merge.evolve_operation:MergeEvolve",
+                 "aidocks.merge.evolve.operation:MergeEvolve",
                  "Search parameters of a merge by evolution, and keep what held-out data confirm.",
                  path="merge/evolve"),
-    Registration("extract-lora", "aidocks.specs.extract_lora:ExtractLoraSpec", "aidocks.merge.extract:ExtractLora",
+    Registration("extract-lora", "aidocks.specs.extract_lora:ExtractLoraSpec",
+                 "aidocks.merge.extraction.operation:ExtractLora",
                  "Extract the LoRA adapter that comes closest to making one model of another."),
 )  # fmt: skip
 

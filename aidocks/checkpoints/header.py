@@ -26,6 +26,8 @@ MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 #: torch's limit. The format has none, but only an attacker asks for the product of a million sizes.
 _MAX_AXES = 64
+#: The longest in use have about 120. What is done with names, such as a search in them, is sized for this.
+_MAX_NAME = 512
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -146,6 +148,8 @@ def _read_metadata(path: Path, metadata: Any) -> dict[str, str]:
 
 
 def _read_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
+    if len(name) > _MAX_NAME:
+        raise _corrupt(path, f"its name has {len(name)} characters, more than {_MAX_NAME}", name)
     if not isinstance(fields, dict) or set(fields) != _FIELDS:
         raise _corrupt(path, f"it is described by something other than {sorted(_FIELDS)}", name)
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

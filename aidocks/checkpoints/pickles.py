@@ -65,7 +65,7 @@ def read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
 
     Raises:
         UnsafeCheckpoint: It holds anything but tensors, or is of a form that cannot be read without running it.
-        CorruptCheckpoint: It is damaged.
+        CorruptCheckpoint: It is damaged, or says of a tensor that it has more values than the file holds.
     """
     import pickle
 
@@ -88,7 +88,7 @@ def read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
             value=path.name,
             hint="Take a copy of the model in safetensors format, or one whose file holds the weights alone.",
         ) from error
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+    except Exception as error:  # whatever a program that nobody meant makes the loader do
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CorruptCheckpoint(
             f"{path.name} of {path.parent.name} cannot be read: {reason}.",
@@ -103,11 +103,29 @@ def _require_tensors(path: Path, found: object) -> Mapping[str, torch.Tensor]:
 
     if not isinstance(found, Mapping):
         raise _not_weights(path, f"a {type(found).__name__}")
+    if not found:
+        raise _not_weights(path, "nothing")
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise _not_weights(path, f"{str(name)[:120]!r}, a {type(value).__name__}")
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        if not name.isprintable() or name in ("", "__metadata__"):
+            raise _not_weights(path, f"a tensor called {name[:120]!a}")
+        if (
+            value.is_nested
+            or value.layout != torch.strided
+            or value.is_quantized
+            or value.device.type != "cpu"
+        ):
             raise _not_weights(path, f"{name[:120]!r}, which is no plain tensor")
+        held = value.untyped_storage().nbytes()
+        if value.nbytes > held:
+            # A value that is repeated takes no room there, and would in a safetensors file.
+            raise CorruptCheckpoint(
+                f"{path.name} of {path.parent.name} says that {name[:120]!r} has {value.nbytes} bytes, and holds "
+                f"{held} of them.",
+                value=path.name,
+                hint="Save it again with the tensor's values written out (`tensor.contiguous()`).",
+            )
     return found
 
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from aidocks.laser.ledger import LedgerLine, loss_unit, part_title, written_z
 from aidocks.picture import png
-from aidocks.specs.laser_result import PartScore
 from aidocks.specs.objective import Metric
+from aidocks.specs.part_score import PartScore
 
 _ACCEPTED, _HELPED, _REJECTED, _AFTER = "#2e7d32", "#b8860b", "#8a97a3", "#1f4e79"
 #: Beyond these a picture is no longer read: what is left out is said, and is in the ledger.

@@ -7,8 +7,8 @@ import math
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.specs.laser import Truncation
-from aidocks.specs.laser_result import PartScore, ScoredPart
 from aidocks.specs.objective import Metric
+from aidocks.specs.part_score import PartScore, ScoredPart
 
 _UNITS: dict[Metric, str] = {
     "perplexity": "nats per token",

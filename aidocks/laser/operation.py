@@ -14,8 +14,8 @@ from aidocks.checkpoints.layout import read_config
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import parse_size
-from aidocks.evaluate.measurements import Pairs
 from aidocks.evaluate.objectives import ObjectiveSource, Part
+from aidocks.evaluate.scores import part_score
 from aidocks.laser.checks import (
     bytes_kept,
     check_base,
@@ -36,7 +36,8 @@ from aidocks.models.publication import Staged, find_published, publish, upload
 from aidocks.plan import Operation, Plan, PlanContext, Stage
 from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.laser import LaserSpec
-from aidocks.specs.laser_result import AcceptedReduction, LaserResult, PartScore
+from aidocks.specs.laser_result import AcceptedReduction, LaserResult
+from aidocks.specs.part_score import PartScore
 
 #: Room beside the weights: tokenizer, pictures, ledger.
 _BESIDE_WEIGHTS_BYTES = 64 << 20
@@ -193,7 +194,8 @@ class _Publication:
         # On the search data guards are not measured where the objective's figures ended without a decision.
         parts: dict[Part, list[PartScore]] = {
             part: [
-                _score(source, part, pairs) for source, pairs in zip(self._objectives, scores, strict=False)
+                part_score(source, part, pairs)
+                for source, pairs in zip(self._objectives, scores, strict=False)
             ]
             for part, scores in findings.scores.items()
         }
@@ -222,24 +224,6 @@ class _Publication:
         return sum(
             entries[name].numel - rank * sum(entries[name].shape) for name, rank in self._factored.items()
         )
-
-
-def _score(source: ObjectiveSource, part: Part, pairs: Pairs) -> PartScore:
-    change, before, after = pairs.comparison, pairs.value_before, pairs.value_after
-    return PartScore(
-        metric=source.metric,
-        data=source.text.name,
-        part=part,
-        before=before.value,
-        before_standard_error=before.standard_error,
-        after=after.value,
-        after_standard_error=after.standard_error,
-        delta=change.delta,
-        delta_standard_error=change.standard_error,
-        z=change.z,
-        items=len(pairs.positions),
-        tokens=pairs.tokens,
-    )
 
 
 def _accepted(candidate: Candidate) -> AcceptedReduction:

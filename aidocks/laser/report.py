@@ -23,8 +23,9 @@ from aidocks.laser.matrices import Matrix
 from aidocks.laser.scan import MatrixSpectrum, ScanMatrix
 from aidocks.models.manifest import Section, Table
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
-from aidocks.specs.laser_result import AcceptedReduction, LaserResult, PartScore, ScoredPart
+from aidocks.specs.laser_result import AcceptedReduction, LaserResult
 from aidocks.specs.objective import Metric
+from aidocks.specs.part_score import PartScore, ScoredPart
 
 #: Matrices whose spectrum is drawn, at most.
 PICTURED = 6

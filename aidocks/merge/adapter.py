@@ -17,10 +17,11 @@ from aidocks.checkpoints.header import TensorEntry, read_header
 from aidocks.checkpoints.layout import ADAPTER_CONFIG_FILE as CONFIG_FILE
 from aidocks.checkpoints.layout import ADAPTER_FILE as WEIGHTS_FILE
 from aidocks.checkpoints.layout import read_json_object
-from aidocks.errors import IncompatibleModels, UnknownModel, UnsafeCheckpoint
+from aidocks.errors import CorruptCheckpoint, IncompatibleModels, UnknownModel, UnsafeCheckpoint
 from aidocks.merge.adapter_config import AdapterConfig, parse_key, read_settings
 from aidocks.merge.recipe import StoredTensor
 from aidocks.merge.rows import Rows, StoredRows, as_matrix
+from aidocks.merge.vocabulary import EMBEDDINGS
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 PartT = TypeVar("PartT")
 
 _PICKLED_FILE = "adapter_model.bin"
+_FLOATS = ("F16", "BF16", "F32", "F64")
 #: The one tensor that an adapter may bring along: the head of a model that has used its embedding so far.
-_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Adapter:
         base_model: The model that it was made for, as it says itself.
         factors: What is added, by the name of the tensor.
         replaced: Tensors that it has instead of the model's (PEFT's `modules_to_save`, and biases).
-        ties_head: Whether its head is its embedding where the model's is (PEFT's `ensure_weight_tying`).
+        ties_head: Whether its head is its embedding where the model's is.
+        field: Path of the request's field that names it, for errors.
     """
 
     directory: Path
@@ -74,6 +77,12 @@ class Adapter:
     factors: Mapping[str, Factors]
     replaced: Mapping[str, TensorEntry]
     ties_head: bool = False
+    field: str | None = None
+
+    @property
+    def brings_head(self) -> bool:
+        """Whether the model's head is not its embedding any more, if it was."""
+        return HEAD in self.factors or (HEAD in self.replaced and not self.ties_head)
 
     def entries(
         self, entries: Mapping[str, StoredTensor], *, field: str | None = None, reference: str | None = None
@@ -89,40 +98,50 @@ class Adapter:
             IncompatibleModels: A tensor of the adapter has no place in the model, or does not fit there.
         """
         found: dict[str, StoredTensor] = dict(entries)
-        for name, factors in self.factors.items():
-            stored = entries.get(self._find(name, entries))
-            if stored is None:
-                self._refuse(f"the model has no tensor {name!r}", field, reference)
-            if stored.shape != factors.shape:
-                wanted, there = list(factors.shape), list(stored.shape)
-                self._refuse(f"it fits {name} of shape {wanted}, but that is {there}", field, reference)
         for name, entry in self.replaced.items():
             place = self._find(name, entries)
             stored = entries.get(place)
-            if stored is None and name == _HEAD and self.ties_head:
+            if stored is None and name == HEAD and self.ties_head:
                 continue
-            if stored is None and name != _HEAD:
-                self._refuse(f"the model has no tensor {name!r}", field, reference)
+            if stored is None and name != HEAD:
+                self.refuse(f"the model has no tensor {name!r}", field, reference)
             if stored is not None and stored.shape[1:] != entry.shape[1:]:
                 wanted, there = list(entry.shape), list(stored.shape)
-                self._refuse(f"its {name} is {wanted}, but the model's is {there}", field, reference)
+                self.refuse(f"its {name} is {wanted}, but the model's is {there}", field, reference)
             found[place] = entry
+        for name, factors in self.factors.items():
+            stored = found.get(self._find(name, entries))
+            if stored is None:
+                self.refuse(f"the model has no tensor {name!r}", field, reference)
+            if stored.shape != factors.shape:
+                wanted, there = list(factors.shape), list(stored.shape)
+                self.refuse(f"it fits {name} of shape {wanted}, but that is {there}", field, reference)
         return found
 
     def apply(self, tensor: str, rows: Rows | None, *, dtype: str = "float32") -> Rows:
         """Return a tensor of the model with this adapter.
 
+        The factors are read at once, and stay in memory: r (rows + columns) values.
+
         Args:
             tensor: Its name in the model.
             rows: The model's own; None where it has none of that name.
             dtype: To add in: ``float32`` or ``float64``.
+
+        Raises:
+            CorruptCheckpoint: For a value of the adapter that is not finite, naming the adapter; that of a tensor
+                which it has instead of the model's when it is read.
         """
-        replaced = _of(self.replaced, tensor)
+        replaced, factors = _of(self.replaced, tensor), _of(self.factors, tensor)
         if replaced is not None:
-            return StoredRows(rows.label if rows else f"{tensor} of {self.directory.name}", replaced)
+            rows = AdapterRows(self._label(replaced), StoredRows(self._label(replaced), replaced), self.field)
         assert rows is not None, f"{tensor} is neither the model's nor the adapter's"
-        factors = _of(self.factors, tensor)
-        return rows if factors is None else AdaptedRows.of(rows, factors, dtype)
+        if factors is None:
+            return rows
+        a, b = self._load(factors.a, dtype), self._load(factors.b, dtype)
+        magnitude = None if factors.magnitude is None else self._load(factors.magnitude, dtype).reshape(-1)
+        left, right = (a.mT, b.mT) if factors.is_transposed else (b, a)
+        return AdaptedRows(rows.label, rows, left.contiguous() * factors.scale, right.contiguous(), magnitude)
 
     def changes(self, tensor: str) -> bool:
         """Tell whether a tensor of the model is another one with this adapter."""
@@ -133,12 +152,32 @@ class Adapter:
         """The files that it consists of."""
         return self.directory / CONFIG_FILE, self.directory / WEIGHTS_FILE
 
+    def _load(self, entry: TensorEntry, dtype: str) -> torch.Tensor:
+        """Return all of one of the adapter's tensors: a matrix, or a vector as one row."""
+        import torch
+
+        label = self._label(entry)
+        height, _ = as_matrix(entry.shape)
+        rows = AdapterRows(label, StoredRows(label, entry), self.field)
+        values = rows.read(0, height).to(getattr(torch, dtype), copy=True)
+        return values.reshape(entry.shape)
+
+    def _label(self, entry: TensorEntry) -> str:
+        return f"{entry.name} of the adapter {self.directory.name}"
+
     def _find(self, name: str, entries: Mapping[str, StoredTensor]) -> str:
         """Return a tensor's name in a checkpoint, which may leave out the first part (`transformer.`)."""
         shorter = name.partition(".")[2]
         return name if name in entries or shorter not in entries else shorter
 
-    def _refuse(self, flaw: str, field: str | None, reference: str | None) -> NoReturn:
+    def refuse(self, flaw: str, field: str | None, reference: str | None) -> NoReturn:
+        """Raise IncompatibleModels for an adapter that does not fit the model.
+
+        Args:
+            flaw: Why.
+            field: Path of the request's field that names the adapter.
+            reference: The adapter as the request names it.
+        """
         made_for = f" It was made for {self.base_model!r}." if self.base_model else ""
         raise IncompatibleModels(
             f"The adapter {reference or self.directory.name!r} does not fit: {flaw}.{made_for}",
@@ -157,6 +196,39 @@ def _of(mapping: Mapping[str, PartT], tensor: str) -> PartT | None:
 
 
 @dataclass(frozen=True)
+class AdapterRows:
+    """A tensor that an adapter holds, checked as it is read.
+
+    Attributes:
+        field: Path of the request's field that names the adapter, for errors.
+    """
+
+    label: str
+    rows: Rows
+    field: str | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape
+
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        """Return rows as they are stored.
+
+        Raises:
+            CorruptCheckpoint: For a value that is not finite.
+        """
+        values = self.rows.read(begin, end)
+        if not bool(values.isfinite().all()):
+            raise CorruptCheckpoint(
+                f"{self.label} contains values that are not finite (NaN or infinite).",
+                field=self.field,
+                value=self.label,
+                hint="Leave that adapter out, or take another copy of it.",
+            )
+        return values
+
+
+@dataclass(frozen=True)
 class AdaptedRows:
     """A matrix with an adapter, computed as it is read.
 
@@ -172,16 +244,6 @@ class AdaptedRows:
     right: torch.Tensor
     magnitude: torch.Tensor | None = None
 
-    @classmethod
-    def of(cls, rows: Rows, factors: Factors, dtype: str = "float32") -> AdaptedRows:
-        """Read the factors, which stay in memory: r (rows + columns) values."""
-        a, b = (_load(entry, rows.label, dtype) for entry in (factors.a, factors.b))
-        left, right = (a.mT, b.mT) if factors.is_transposed else (b, a)
-        magnitude = (
-            None if factors.magnitude is None else _load(factors.magnitude, rows.label, dtype).reshape(-1)
-        )
-        return cls(rows.label, rows, left.contiguous() * factors.scale, right.contiguous(), magnitude)
-
     @property
     def shape(self) -> tuple[int, ...]:
         return self.rows.shape
@@ -195,13 +257,6 @@ class AdaptedRows:
         # A row of zeros has no direction to give a length to.
         lengths = total.norm(dim=1).clamp_min(1e-30)
         return total.mul_((self.magnitude[begin:end] / lengths)[:, None])
-
-
-def _load(entry: TensorEntry, label: str, dtype: str) -> torch.Tensor:
-    import torch
-
-    height, _ = as_matrix(entry.shape)
-    return StoredRows(label, entry).read(0, height).to(getattr(torch, dtype), copy=True)
 
 
 def read_adapter(directory: Path, *, field: str | None = None) -> Adapter:
@@ -227,21 +282,41 @@ def read_adapter(directory: Path, *, field: str | None = None) -> Adapter:
     weights = directory / WEIGHTS_FILE
     if not weights.is_file():
         _refuse_missing_weights(directory, field)
-    config = read_settings(read_json_object(directory / CONFIG_FILE), directory.name, field)
-    stored, _ = read_header(weights)
+    try:
+        content = read_json_object(directory / CONFIG_FILE)
+        stored, _ = read_header(weights)
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(
+            f"The adapter {directory.name!r} cannot be read: {error.message}",
+            field=field,
+            value=directory.name,
+            hint=error.hint,
+        ) from error
+    config = read_settings(content, directory.name, field)
     parts: dict[str, dict[str, TensorEntry]] = {}
-    replaced: dict[str, TensorEntry] = {}
+    whole: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in stored.items():
         parsed = parse_key(key)
         if parsed is None:
             config.refuse(f"the tensor {key!r}")
+        if entry.dtype not in _FLOATS:
+            config.refuse(f"the tensor {key!r}, whose type is {entry.dtype}")
         module, part = parsed
-        if part.startswith("lora_"):
-            parts.setdefault(module, {})[part] = entry
-        else:
-            replaced[f"{module}.{part}"] = entry
+        other = (parts if part.startswith("lora_") else whole).setdefault(module, {}).setdefault(part, entry)
+        if other is not entry:
+            config.refuse(f"the tensors {other.name!r} and {key!r}, which have one place")
     factors = {f"{module}.weight": _factors(config, module, found) for module, found in parts.items()}
-    return Adapter(directory, config.base_model, factors, replaced, config.ties_head)
+    replaced = {f"{module}.{part}": entry for module, found in whole.items() for part, entry in found.items()}
+    return Adapter(directory, config.base_model, factors, replaced, _ties_head(config, replaced), field)
+
+
+def _ties_head(config: AdapterConfig, replaced: Mapping[str, TensorEntry]) -> bool:
+    """Tell whether the head of an adapter is its embedding, stored twice, where the model's is.
+
+    PEFT stores both, too, where the vocabulary was enlarged and none of them is in `modules_to_save`.
+    """
+    stores_both = any(name.endswith(EMBEDDINGS) for name in replaced)
+    return config.ties_head or (stores_both and not config.saves_head)
 
 
 def _factors(config: AdapterConfig, module: str, parts: dict[str, TensorEntry]) -> Factors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, NoReturn
 
 from aidocks.errors import CorruptCheckpoint, IncompatibleModels
@@ -25,7 +26,6 @@ _WITHOUT_EFFECT = frozenset(
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
-        "modules_to_save",
         "peft_version",
         "qalora_group_size",
         "revision",
@@ -42,6 +42,7 @@ _READ = frozenset(
         "fan_in_fan_out",
         "init_lora_weights",
         "lora_alpha",
+        "modules_to_save",
         "peft_type",
         "r",
         "rank_pattern",
@@ -78,6 +79,7 @@ class AdapterConfig:
     use_dora: bool
     fan_in_fan_out: bool
     ties_head: bool
+    saves_head: bool
 
     def rank_of(self, module: str) -> int:
         return int(self._pattern(self.ranks, module, self.rank))
@@ -100,7 +102,7 @@ class AdapterConfig:
             if _LITERAL.fullmatch(pattern):
                 if module == pattern or module.endswith(f".{pattern}"):
                     return value
-            elif re.match(rf"(.*\.)?({compile_pattern(pattern, self.field).pattern})$", module):
+            elif compile_pattern(pattern, self.field).matches_end(module):
                 return value
         return otherwise
 
@@ -124,13 +126,16 @@ def read_settings(settings: Mapping[str, Any], name: str, field: str | None) -> 
             field=field,
             base_model=base_model if isinstance(base_model, str) else None,
             rank=_rank(settings.get("r", 8)),
-            alpha=float(settings.get("lora_alpha", 8)),
+            alpha=_alpha(settings.get("lora_alpha", 8)),
             ranks={str(k): _rank(v) for k, v in (settings.get("rank_pattern") or {}).items()},
-            alphas={str(k): float(v) for k, v in (settings.get("alpha_pattern") or {}).items()},
+            alphas={str(k): _alpha(v) for k, v in (settings.get("alpha_pattern") or {}).items()},
             use_rslora=bool(settings.get("use_rslora")),
             use_dora=bool(settings.get("use_dora")),
             fan_in_fan_out=bool(settings.get("fan_in_fan_out")),
             ties_head=bool(settings.get("ensure_weight_tying")),
+            saves_head=any(
+                str(module).endswith("lm_head") for module in settings.get("modules_to_save") or ()
+            ),
         )
     except (TypeError, ValueError, AttributeError) as error:
         raise CorruptCheckpoint(
@@ -152,6 +157,12 @@ def _rank(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_RANK:
         raise ValueError(f"{value!r} is not a rank")
     return value
+
+
+def _alpha(value: Any) -> float:
+    if not isfinite(float(value)):
+        raise ValueError(f"{value!r} is not finite")
+    return float(value)
 
 
 def parse_key(key: str) -> tuple[str, str] | None:

@@ -7,17 +7,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aidocks.merge.layer_config import LayerOrigin, differing_layers
 from aidocks.merge.members import Member, text_config
+from aidocks.merge.slices import Slice
+from aidocks.models.rope import read_rotation
 
 #: Settings that say what equal shapes mean.
 _MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "n_heads")
 #: Settings that the result takes from one model, and that another's weights were trained with.
 _TRAINED_WITH = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
     "hidden_act",
+    "num_experts_per_tok",
+    "query_pre_attn_scalar",
     "rms_norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
     "sliding_window",
 )
 
@@ -49,7 +53,57 @@ def check_alike(template: Member, others: Sequence[Member]) -> list[str]:
             for key in _TRAINED_WITH
             if key in mine and key in its and not _same(mine[key], its[key])
         ]
+        notes += _of_rotations(template, other)
     return notes
+
+
+def check_layers(template: Member, slices: Sequence[Slice]) -> list[str]:
+    """Return what one should know of layers that are merged though their models say that they are of other kinds.
+
+    Args:
+        template: The model that gives the result's configuration.
+        slices: Of the merge.
+    """
+    notes = []
+    for part in slices:
+        first = part.inputs[0]
+        start = LayerOrigin(template, 0) if part.length is None else LayerOrigin(first.member, first.first)
+        for given in part.inputs:
+            length = part.length or given.layout.num_layers or 0
+            differing = differing_layers(start, LayerOrigin(given.member, given.first), length)
+            notes += [
+                f"{key} says of {_layers(layers)} of {given.member.reference!r} that they are of another kind than "
+                f"those of {start.member.reference!r} with which they are merged; the result has the latter's."
+                for key, layers in differing.items()
+            ]
+    return notes
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"the layers {', '.join(map(str, numbers))}"
+
+
+def _of_rotations(template: Member, other: Member) -> list[str]:
+    """Return a note where models rotate queries and keys in different ways, however their configurations say it."""
+    mine, its = _rotation(template), _rotation(other)
+    keys = sorted(key for key in mine.keys() | its.keys() if not _same(mine.get(key), its.get(key)))
+    if not keys:
+        return []
+    ours, others = ({key: found[key] for key in keys if key in found} for found in (mine, its))
+    return [
+        f"The rotation of positions is {_shown(others)} in {other.reference!r}; the result has that of "
+        f"{template.reference!r}, {_shown(ours)}."
+    ]
+
+
+def _rotation(member: Member) -> dict[str, Any]:
+    try:
+        return read_rotation(text_config(member.config))
+    except (TypeError, ValueError) as error:
+        raise member.refuse(
+            f"The config.json of {member.reference!r} does not say how positions are rotated (rope_parameters): "
+            f"{error}."
+        ) from error
 
 
 def _require_one_architecture(template: Member, other: Member) -> None:

@@ -11,10 +11,12 @@ from aidocks.checkpoints.dtypes import DTYPE_BITS
 from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import ShardPlan, parse_size
+from aidocks.errors import IncompatibleModels, InvalidSpec
 from aidocks.evaluate.comparison import model_perplexities
 from aidocks.evaluate.domains import DomainResults, MeasureDomains
 from aidocks.evaluate.texts import Domain, require_chunks, require_context, resolve_text
-from aidocks.merge.members import Member, open_members
+from aidocks.merge.members import Member, open_members, text_config
+from aidocks.merge.random import stage_seed
 from aidocks.merge.report import WriteMergeReport, card_sections, parts_of
 from aidocks.merge.shard import MergeShard, expected_memory
 from aidocks.merge.target import Target, plan_target
@@ -23,16 +25,23 @@ from aidocks.models.beside_weights import WriteBesideWeights
 from aidocks.models.manifest import Parent
 from aidocks.models.parents import describe_members, parent_units
 from aidocks.models.publication import Staged
-from aidocks.models.tokenizer_files import Tokenizer, TokenizerFiles, choose_chat_template
+from aidocks.models.tokenizer_files import Tokenizer, TokenizerFiles, choose_chat_template, read_tokenizer
+from aidocks.models.unchanged import require_unchanged
 from aidocks.plan import Plan, PlanContext, Stage, WrittenFiles
 from aidocks.specs.merge import MergeSpec
 from aidocks.specs.merge_config import MergeConfig
 from aidocks.specs.merge_result import MergeResult, MergeStep
 from aidocks.specs.merge_settings import split_reference
+from aidocks.specs.merge_yaml import to_public_yaml
 from aidocks.specs.perplexities import ModelPerplexity
 
 #: Room beside the weights: tokenizer, pictures.
 _BESIDE_WEIGHTS_BYTES = 64 << 20
+_OTHER_TOKENS = (
+    "Perplexities are of each model's own tokens, which are not the same ones: compare them with care."
+)
+#: Endings of architectures whose losses of text can be measured.
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -64,6 +73,17 @@ class Step:
         """What one should know of the result."""
         return (*self.target.notes, *(self.vocabulary.notes if self.vocabulary else ()))
 
+    @property
+    def merged(self) -> tuple[Member, ...]:
+        """Its models without those that are named for their tokens alone."""
+        used = {operand.source for tensor in self.target.tensors for operand in tensor.operands}
+        return tuple(member for number, member in enumerate(self.members.values()) if number in used)
+
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether rows of the vocabulary move, so that the models do not agree on what a token's number is."""
+        return self.vocabulary is not None and self.vocabulary.changes
+
     def shards(self, spec: MergeSpec, mapping: OutputFile | None) -> tuple[MergeShard, ...]:
         """Return the units that write the weight files.
 
@@ -83,7 +103,7 @@ class Step:
                 sources=self.target.sources,
                 tensors=tuple(recipes[tensor.name] for tensor in file.tensors),
                 compute_dtype=spec.compute_dtype,
-                seed=spec.seed,
+                seed=stage_seed(spec.seed, self.name),
             )
             for file in self.files
         )
@@ -133,9 +153,10 @@ class MergeBuild:
         return self.steps[-1]
 
     def require_space(self, kept: int = 0) -> None:
-        """Raise InsufficientDisk when what the job writes would not fit; ``kept`` bytes of it are there already."""
-        needed = sum(file.nbytes for step in self.steps for file in step.files) + _BESIDE_WEIGHTS_BYTES
-        require_space(self.context.workspace, needed - kept)
+        """Raise InsufficientDisk when what the job has still to write would not fit, less ``kept`` bytes."""
+        files = ((step.directory / file.file_name, file) for step in self.steps for file in step.files)
+        needed = sum(file.nbytes for path, file in files if not path.is_file())
+        require_space(self.context.workspace, needed + _BESIDE_WEIGHTS_BYTES - kept)
 
     def result(self, name: str, *, dry_run: bool = False) -> MergeResult:
         """Return what is known before anything is measured."""
@@ -153,21 +174,19 @@ class MergeBuild:
             dry_run=dry_run,
         )
 
-    def run(self, name: str, config: str) -> Plan[MergeResult]:
-        """Yield the stages; return the result of what is then staged, not published yet.
-
-        Args:
-            name: Registry name of the result.
-            config: The configuration as YAML, for people.
-        """
+    def run(self, name: str) -> Plan[MergeResult]:
+        """Yield the stages; return the result, called ``name``, of what is then staged, not published yet."""
         result = self.result(name)
         for note in result.notes:
             self.context.say(note)
+        yield from require_unchanged(directory for _, _, directory in self._named_parents())
         for step in self.steps:
             yield from self._write(step)
         if self.domains:
             perplexities = yield from self._evaluate(name)
-            result = result.model_copy(update={"perplexities": perplexities})
+            notes = (*result.notes, _OTHER_TOKENS) if self.last.moves_tokens else result.notes
+            result = result.model_copy(update={"perplexities": perplexities, "notes": notes})
+        config = to_public_yaml(self.spec)
         unit = WriteMergeReport(directory=self.last.directory, config=config, result=result)
         report: list[WrittenFiles] = yield Stage("report", (unit,))
         self._keep(report)
@@ -191,6 +210,7 @@ class MergeBuild:
         steps: list[Step] = []
         made: dict[str, Member] = {}
         tokenizers: dict[Path, Tokenizer] = {}
+        asks_for_tokens = any(merge.vocabulary for _, _, merge in self.spec.merges())
         for path, name, merge in self.spec.merges():
             members = open_members(
                 merge, self.context.resolver, path=path, made=made, converted=self._converted
@@ -200,10 +220,12 @@ class MergeBuild:
             directory = self.context.workspace / (f"stages/{name}" if name else "model")
             files = target.plan_files(parse_size(self.spec.max_shard_size))
             steps.append(Step(name or "", merge, members, vocabulary, target, files, directory))
+            _check_chat_template(merge, path)
             if name:
                 made[name] = target.as_member(name, directory)
-            if vocabulary:
-                tokenizers[directory] = vocabulary.result
+            if name and asks_for_tokens:
+                known = vocabulary.result if vocabulary else read_tokenizer(target.tokenizer, tokenizers)
+                tokenizers |= {directory: known} if known else {}
         return steps
 
     def _write(self, step: Step) -> Generator[Stage, list[Any], None]:
@@ -228,7 +250,7 @@ class MergeBuild:
             self.parents = describe_members(named, hashes, results[len(writers) :])
 
     def _map_vocabulary(self, step: Step) -> Generator[Stage, list[Any], OutputFile | None]:
-        if step.vocabulary is None or not step.vocabulary.changes:
+        if step.vocabulary is None or not step.moves_tokens:
             return None
         unit = step.vocabulary.unit(self.context.workspace / "vocabularies" / (step.name or "result"))
         written: list[WrittenFiles] = yield Stage("vocabulary", (unit,))
@@ -253,7 +275,9 @@ class MergeBuild:
         if not spec.evaluate:
             return ()
         # A model that is here already: the result's own tokenizer may not be written yet.
-        tokenizer = next(iter(self.steps[0].members.values())).tokenizer
+        first = next(iter(self.steps[0].members.values()))
+        tokenizer = first.tokenizer
+        _require_measurable(self.last.target.class_name, first)
         longest = self.last.target.config.get("max_position_embeddings")
         if isinstance(longest, int):
             require_context(next(iter(self.last.members)), longest, spec.seqlen)
@@ -263,21 +287,25 @@ class MergeBuild:
 
     def _evaluate(self, name: str) -> Generator[Stage, list[Any], tuple[ModelPerplexity, ...]]:
         subjects: dict[tuple[Path, ...], tuple[str, str]] = {}
-        plain = [member for member in self.last.members.values() if member.source.adapter is None]
-        rivals = [member for member in plain if member.reference != self.last.merge.base_model]
-        for member in plain:
-            place = member.field.removesuffix(".model") if member in rivals else "base"
-            subjects.setdefault((member.directory,), (place, member.reference))
-        if len(rivals) > 1 and not (self.last.vocabulary and self.last.vocabulary.changes):
+        last = self.last
+        merged = last.merged
+        rivals = [member for member in merged if member.reference != last.merge.base_model]
+        for member in merged:
+            if member.source.adapter is None:
+                place = member.field.removesuffix(".model") if member in rivals else "base"
+                subjects.setdefault((member.directory,), (place, member.reference))
+        if len(rivals) > 1 and not last.moves_tokens and _have_an_average(rivals):
             averaged = tuple(member.directory for member in rivals)
             subjects[averaged] = ("average", "plain average of the models")
-        subjects[(self.last.directory,)] = ("merge", name)
+        subjects[(last.directory,)] = ("merge", name)
         units = tuple(
             MeasureDomains(
                 models=models,
                 domains=self.domains,
                 seq_length=self.spec.seqlen,
                 seed=self.spec.seed,
+                # The same tokens for all, so that losses of a token compare; where they moved, each reads its own.
+                tokenizer=None if last.moves_tokens else last.target.tokenizer,
                 subject=subject,
             )
             for models, (subject, _) in subjects.items()
@@ -287,6 +315,37 @@ class MergeBuild:
 
     def _keep(self, results: Sequence[WrittenFiles]) -> None:
         self.written += [file for result in results for file in result.files]
+
+
+def _check_chat_template(merge: MergeConfig, path: str) -> None:
+    """Refuse a chat template that is none, before anything is written; those of the models are read later."""
+    try:
+        choose_chat_template(merge.chat_template, ())
+    except InvalidSpec as error:
+        error.field = f"{path}chat_template"
+        raise
+
+
+def _require_measurable(class_name: str, first: Member) -> None:
+    if not class_name.endswith(_CAUSAL):
+        raise IncompatibleModels(
+            f"The model {first.reference!r} is not a causal language model, but: {class_name or 'none'}.",
+            field="evaluate",
+            value=True,
+            hint="Leave `evaluate` out: perplexity is measured of models whose architecture ends with ForCausalLM.",
+        )
+
+
+def _have_an_average(models: Sequence[Member]) -> bool:
+    """Tell whether models can be averaged as they are stored: without adapters, of one form, tied alike."""
+    forms = [
+        (
+            bool(text_config(member.config).get("tie_word_embeddings")),
+            {name: tuple(tensor.shape) for name, tensor in member.tensors.items()},
+        )
+        for member in models
+    ]
+    return all(member.source.adapter is None for member in models) and all(form == forms[0] for form in forms)
 
 
 def _bytes(dtype: str, shape: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from aidocks.checkpoints.files import OutputFile
@@ -248,7 +249,12 @@ class _Column:
         return (self.vector.shape[0], 1)
 
     def read(self, begin: int, end: int) -> torch.Tensor:
-        return self.vector.read(0, 1)[0, begin:end, None]
+        return self._values[begin:end, None]
+
+    @cached_property
+    def _values(self) -> torch.Tensor:
+        # Read once, and copied: what was read is overwritten by the next.
+        return self.vector.read(0, 1)[0].clone()
 
 
 def _as_rows(rows: Rows) -> Rows:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from aidocks.merge.layers import Layout
-from aidocks.merge.members import Member, text_config
+from aidocks.merge.members import TIE, Member, text_config, with_settings
 from aidocks.merge.slices import Slice
 
-_TIE = "tie_word_embeddings"
 # Their first axis can be as long as the vocabulary, and is another.
 _POSITIONS = ("pos", "wpe", "token_type")
 
@@ -51,7 +50,7 @@ class Head:
 
 def is_vocabulary(member: Member, name: str) -> bool:
     """Tell whether the rows of a tensor outside the layers are the vocabulary."""
-    shape = member.tensors[name].shape
+    shape = member.named[name].shape
     if not shape or shape[0] != member.vocab_size or any(part in name for part in _POSITIONS):
         return False
     return len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
@@ -64,9 +63,9 @@ def find_ends(member: Member, layout: Layout) -> Ends:
     heads = tuple(
         name
         for name in layout.after
-        if embedding and member.tensors[name].shape == member.tensors[embedding].shape
+        if embedding and member.named[name].shape == member.named[embedding].shape
     )
-    tie = text_config(member.config).get(_TIE, member.config.get(_TIE))
+    tie = text_config(member.config).get(TIE, member.config.get(TIE))
     is_tied = bool(embedding) and (not heads if tie is None else bool(tie))
     return Ends(embedding, heads, is_tied)
 
@@ -112,14 +111,9 @@ def _note_of_embedding(slices: Sequence[Slice]) -> str | None:
 
 def set_tie(config: dict[str, Any], is_tied: bool | None) -> None:
     """Write into a configuration whether the head is the embedding."""
-    if is_tied is None:
-        return
-    inner = config.get("text_config")
-    if isinstance(inner, Mapping) and _TIE in inner:
-        config["text_config"] = {**inner, _TIE: is_tied}
-    if config.get(_TIE) is not is_tied:
-        config[_TIE] = is_tied
+    if is_tied is not None:
+        config.update(with_settings(config, {TIE: is_tied}))
 
 
 def _is_matrix(member: Member, name: str) -> bool:
-    return len(member.tensors[name].shape) == 2
+    return len(member.named[name].shape) == 2

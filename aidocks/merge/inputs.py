@@ -215,13 +215,7 @@ class Inputs:
     def _require_finite(self, values: Sequence[torch.Tensor]) -> None:
         """Raise CorruptCheckpoint for an input with a value that is not finite."""
         for rows, value in zip(self.rows, values, strict=True):
-            # A sum is finite where all values are, but for the rare one that overflows.
-            if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
-                raise CorruptCheckpoint(
-                    f"{rows.label} contains values that are not finite (NaN or infinite).",
-                    value=rows.label,
-                    hint="Leave that model out, or take another copy of it.",
-                )
+            require_finite(rows.label, value)
 
 
 @cache
@@ -273,6 +267,39 @@ def _ahead(
     finally:
         for future in under_way:
             future.cancel()
+
+
+def require_finite(label: str, values: torch.Tensor) -> None:
+    """Raise CorruptCheckpoint when values, of any floating-point type, are not all finite.
+
+    Args:
+        label: Model and tensor.
+        values: Of them.
+    """
+    import torch
+
+    # A sum is finite where all values are, but for the rare one that overflows.
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    if not bool(total.isfinite()) and not bool(values.isfinite().all()):
+        raise CorruptCheckpoint(
+            f"{label} contains values that are not finite (NaN or infinite).",
+            value=label,
+            hint="Leave that model out, or take another copy of it.",
+        )
+
+
+def finite_blocks(rows: Rows) -> Merged:
+    """Yield a tensor of a floating-point type as it is stored, in blocks of rows, each checked.
+
+    A block may be overwritten by the next one.
+
+    Raises:
+        CorruptCheckpoint: For a value that is not finite.
+    """
+    for begin, end in Inputs(rows.label, (rows,)).spans:
+        values = rows.read(begin, end)
+        require_finite(rows.label, values)
+        yield values
 
 
 def require_one_shape(rows: Sequence[Rows]) -> None:

@@ -54,9 +54,9 @@ def rewrite_layers(
     Raises:
         IncompatibleModels: When a layer's setting cannot be known.
     """
-    before = count_layers(config)
     inner = text_config(config)
-    if [origin.layer for origin in origins] == list(range(before or 0)) and before == len(origins):
+    are_where_they_were = [origin.layer for origin in origins] == list(range(count_layers(config) or 0))
+    if are_where_they_were and all(_agree(inner, origin.config) for origin in origins):
         return dict(config), []
     changes: dict[str, Any] = {key: len(origins) for key in COUNTS if type(inner.get(key)) is int}
     changes |= _lists(origins)
@@ -72,9 +72,45 @@ def rewrite_layers(
     notes = [
         f"{key} is {inner[key]}: what a layer is depends on its number, and layers have other numbers now."
         for key in _BY_POSITION
-        if inner.get(key) not in (None, 0, 1)
+        if inner.get(key) not in (None, 0, 1) and not are_where_they_were
     ]
     return (written if inner is config else {**config, "text_config": written}), notes
+
+
+def differing_layers(one: LayerOrigin, other: LayerOrigin, length: int) -> dict[str, list[int]]:
+    """Return the fields that say other things of a model's layers than of another's, with the numbers of those.
+
+    Args:
+        one: The first layer of a model.
+        other: The layer of another model that is merged with it; those that follow go together, too.
+        length: Number of layers.
+
+    Returns:
+        Field -> numbers of layers, as the other model counts them.
+    """
+    found = {}
+    for key in (*_listed(one), *_NUMBERS):
+        mine, its = one.config.get(key), other.config.get(key)
+        if not isinstance(mine, list) or not isinstance(its, list) or mine == its:
+            continue
+        pairs = [(one.layer + n, other.layer + n) for n in range(length)]
+        if key in _NUMBERS:
+            found[key] = [that for this, that in pairs if (this in mine) != (that in its)]
+        elif key in _listed(other):
+            found[key] = [that for this, that in pairs if mine[this] != its[that]]
+    return {key: layers for key, layers in found.items() if layers}
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether two configurations say the same of layers, where both say something."""
+    lists = [key for key in one.keys() & other.keys() if isinstance(one[key], list)]
+    named = [key for key in lists if _is_per_layer(key) or key in _NUMBERS]
+    windows = [config.get("use_sliding_window") and (config.get(_FIRST_WINDOW),) for config in (one, other)]
+    return all(one[key] == other[key] for key in named) and (windows[0] or ()) == (windows[1] or ())
+
+
+def _is_per_layer(key: str) -> bool:
+    return ("layer" in key and key not in _NUMBERS) or key in _PER_LAYER
 
 
 def _lists(origins: Sequence[LayerOrigin]) -> dict[str, list[Any]]:
@@ -100,8 +136,7 @@ def _lists(origins: Sequence[LayerOrigin]) -> dict[str, list[Any]]:
 def _listed(origin: LayerOrigin) -> Iterator[str]:
     layers = count_layers(origin.config)
     for key, value in origin.config.items():
-        named = ("layer" in key and key not in _NUMBERS) or key in _PER_LAYER
-        if named and isinstance(value, list) and len(value) == layers:
+        if _is_per_layer(key) and isinstance(value, list) and len(value) == layers:
             yield key
 
 

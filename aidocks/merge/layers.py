@@ -18,25 +18,9 @@ COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NUMBERED = re.compile(r"(?P<prefix>(?:[^.0-9][^.]*\.)*)(?P<number>0|[1-9][0-9]{0,5})\.(?P<rest>.+)")
 #: What lists of layers are called, where their length does not tell.
 _LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
-#: What some checkpoints store and no model reads: it is computed from the configuration.
-_COMPUTED = (
-    ".rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.masked_bias",
-    ".position_ids",
-)
 _EMBEDDINGS = ("wte", "wpe", "project_in")
 # The head of GPT-NeoX, which a part of its name would make an embedding.
 _NO_EMBEDDINGS = ("embed_out",)
-#: What some checkpoints store and no model reads: it is computed from the configuration.
-_COMPUTED = (
-    ".rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.masked_bias",
-    ".position_ids",
-)
 
 
 @dataclass(frozen=True)
@@ -85,11 +69,10 @@ class Layout:
 
 
 def find_layout(member: Member) -> Layout:
-    """Return the place of every tensor of a model, but for those that are computed from its configuration."""
+    """Return the place of every tensor of a model."""
     num_layers = count_layers(member.config)
     groups: dict[str, dict[int, list[str]]] = {}
-    names = [name for name in member.tensors if not name.endswith(_COMPUTED)]
-    for name in names:
+    for name in member.named:
         match = _NUMBERED.fullmatch(name)
         if match:
             groups.setdefault(match["prefix"], {}).setdefault(int(match["number"]), []).append(match["rest"])
@@ -99,7 +82,7 @@ def find_layout(member: Member) -> Layout:
         if max(layers) == len(layers) - 1 and _is_list_of_layers(prefix, len(layers), num_layers)
     )
     prefixes = {found.prefix for found in lists}
-    outside = [name for name in names if _prefix(name) not in prefixes]
+    outside = [name for name in member.named if _prefix(name) not in prefixes]
     return Layout(
         before=tuple(name for name in outside if _is_embedding(name)),
         lists=lists,

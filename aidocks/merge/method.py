@@ -25,6 +25,9 @@ Scope = Literal["tensor", "model", "input"]
 #: Whether a method has a base: it must, it may, it treats it like any other model.
 BasePolicy = Literal["required", "optional", "none"]
 
+_TRUE = ("true", "yes", "on", "y", "t", "1")
+_FALSE = ("false", "no", "off", "n", "f", "0")
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -53,32 +56,45 @@ class Parameter:
         """The name of the function's argument: with an underscore where Python uses the word (``lambda_``)."""
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
-    def checked(self, value: Any, field: str) -> Value:
-        """Return a value of this parameter, an integer given for a fractional number as one.
+    def checked(self, given: Any, field: str) -> Value:
+        """Return a value in the parameter's type: numbers as texts, and words for truth values, are understood.
 
         Args:
-            field: Where it was given, for the error.
+            given: What was given.
+            field: Where, for the error.
 
         Raises:
             InvalidSpec: It is of another type, not finite, or out of range; says what would be right.
         """
-        # To Python a truth value is an integer, and to people it is not.
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = {
-            bool: isinstance(value, bool),
-            int: number and isfinite(value) and value == int(value),
-            float: number and isfinite(value),
-        }[self.kind]
+        value = self._truth(given) if self.kind is bool else self._number(given)
         low = -inf if self.at_least is None else self.at_least
         high = inf if self.at_most is None else self.at_most
-        if not fits or not low <= value <= high:
+        if value is None or not low <= value <= high:
             raise InvalidSpec(
-                f"{value!r} is no value of {self.name!r}.",
+                f"{self.name!r} must be {self.allowed}.",
                 field=field,
-                value=value,
-                hint=f"It is {self.allowed}.",
+                value=given,
+                hint=self.description or None,
             )
-        return self.kind(value)
+        return value
+
+    def _truth(self, given: Any) -> bool | None:
+        text = str(given).strip().lower().removesuffix(".0")
+        return True if text in _TRUE else False if text in _FALSE else None
+
+    def _number(self, given: Any) -> float | int | None:
+        # To Python a truth value is an integer, and to people it is not. YAML reads 1e-5, without a point, as a text.
+        if isinstance(given, bool) or not isinstance(given, int | float | str):
+            return None
+        try:
+            number = float(given)
+        except (ValueError, OverflowError):
+            return None
+        if not isfinite(number):
+            return None
+        if self.kind is int:
+            return int(number) if number.is_integer() else None
+        return number
 
     @property
     def allowed(self) -> str:

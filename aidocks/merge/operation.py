@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import parse_size
 from aidocks.merge.build import MergeBuild
 from aidocks.models.converting import conversions
@@ -17,6 +18,7 @@ from aidocks.plan import Operation, Plan, PlanContext, Stage
 from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.merge import MergeSpec
 from aidocks.specs.merge_result import MergeResult
+from aidocks.specs.merge_settings import split_reference
 
 
 class Merge(Operation[MergeSpec, MergeResult]):
@@ -39,7 +41,9 @@ class Merge(Operation[MergeSpec, MergeResult]):
         if any(context.resolver.needs_download(r, field=field) for field, r in references.items()):
             return
         _, units = conversions(_models(references), context.resolver, context.workspace)
-        if not units:
+        if units:
+            require_space(context.workspace, sum(unit.nbytes for unit in units))
+        else:
             MergeBuild(spec, context).require_space()
 
     def plan(self, spec: MergeSpec, context: PlanContext) -> Plan[MergeResult]:
@@ -47,14 +51,18 @@ class Merge(Operation[MergeSpec, MergeResult]):
         result = None if spec.dry_run else find_published(name, MergeResult, context)
         if result is None:
             references = spec.inputs()
-            yield from fetch_missing(references.values(), context)
+            fetched = yield from fetch_missing(references.values(), context)
             converted, units = conversions(_models(references), context.resolver, context.workspace)
             if units:
+                require_space(context.workspace, sum(unit.nbytes for unit in units))
                 yield Stage("convert", units)
             build = MergeBuild(spec, context, converted)
             if spec.dry_run:
                 return build.result(name, dry_run=True)
-            result = yield from build.run(name, spec.as_yaml())
+            if fetched or units:
+                # Before that, the preflight could not know how much it would be.
+                build.require_space()
+            result = yield from build.run(name)
             result = publish(build.finished(result), "merge", spec, result, context)
         return (yield from upload(result, spec))
 
@@ -66,4 +74,5 @@ def _models(references: dict[str, str]) -> dict[str, str]:
 
 def _name(spec: MergeSpec, job_id: str) -> str:
     first = next(reference for _, reference in spec.references())
-    return spec.name or derive_name(first, spec.merge_method.replace("_", "-"), job_id)
+    model, _ = split_reference(first)
+    return spec.name or derive_name(model, spec.merge_method.replace("_", "-"), job_id)

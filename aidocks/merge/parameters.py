@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from math import isfinite
 from typing import Any
 
 from aidocks.errors import InvalidSpec
@@ -14,8 +13,6 @@ from aidocks.specs.merge_settings import FilteredValue, Setting
 
 #: Names that files from the wild give and that no method of mergekit has any more.
 _FORMER = ("consensus_method", "embed_method", "embed_slerp", "majority_sign_method", "rectify_embed")
-_TRUE = ("true", "yes", "on", "y", "t", "1")
-_FALSE = ("false", "no", "off", "n", "f", "0")
 #: Sums of weights closer to zero than this cannot be divided by.
 NO_WEIGHT = 1e-8
 
@@ -37,7 +34,8 @@ class Rule:
     def at(self, t: float, kind: type) -> Value:
         """Return the value at a place between the first layer (0) and the last (1).
 
-        Numbers are interpolated; of anything else the one is taken whose part of the layers it is.
+        Numbers are interpolated. Of n truth values it is the one at t (n - 1), rounded down: the last holds for the
+        last layer alone.
         """
         last = len(self.values) - 1
         if kind is bool:
@@ -122,7 +120,7 @@ def missing_value(
     hint = "A last item without `filter` is for all other tensors." if given else None
     if hint is None:
         elsewhere = f", or {levels[-1].field}.{parameter.name} for all" if len(levels) > 1 else ""
-        hint = f"Give {levels[0].field}.{parameter.name}{elsewhere}: {_range(parameter)}."
+        hint = f"Give {levels[0].field}.{parameter.name}{elsewhere}: {parameter.allowed}."
     return InvalidSpec(
         f"The method {method.name!r} needs {parameter.name!r} for {what}.",
         field=f"{(given or levels[0]).field}.{parameter.name}",
@@ -172,53 +170,8 @@ def _rule(parameter: Parameter, given: FilteredValue, place: str) -> Rule:
 
 def _values(parameter: Parameter, given: Value | tuple[Value, ...], place: str) -> tuple[Value, ...]:
     if isinstance(given, tuple):
-        return tuple(_checked(parameter, value, f"{place}[{n}]") for n, value in enumerate(given))
-    return (_checked(parameter, given, place),)
-
-
-def _checked(parameter: Parameter, given: Value, place: str) -> Value:
-    value = _converted(parameter, given)
-    low, high = parameter.at_least, parameter.at_most
-    if value is None or (low is not None and value < low) or (high is not None and value > high):
-        raise InvalidSpec(
-            f"{parameter.name!r} must be {_range(parameter)}.",
-            field=place,
-            value=given,
-            hint=parameter.description or None,
-        )
-    return value
-
-
-def _converted(parameter: Parameter, given: Value) -> float | int | bool | None:
-    """Return a value in the parameter's type; None when it has none there."""
-    if parameter.kind is bool:
-        text = str(given).strip().lower()
-        if text in ("1.0", "0.0"):
-            text = text[0]
-        return True if text in _TRUE else False if text in _FALSE else None
-    try:
-        # YAML reads 1e-5, without a point, as a text.
-        number = float(given)
-    except ValueError:
-        return None
-    if not isfinite(number):
-        return None
-    if parameter.kind is int:
-        return int(number) if number.is_integer() else None
-    return number
-
-
-def _range(parameter: Parameter) -> str:
-    """Say in words what a parameter may be."""
-    if parameter.kind is bool:
-        return "true or false"
-    kind = "a whole number" if parameter.kind is int else "a number"
-    low, high = parameter.at_least, parameter.at_most
-    if low is not None and high is not None:
-        return f"{kind} from {low:g} to {high:g}"
-    if low is not None:
-        return f"{kind} of at least {low:g}"
-    return f"{kind} of at most {high:g}" if high is not None else kind
+        return tuple(parameter.checked(value, f"{place}[{n}]") for n, value in enumerate(given))
+    return (parameter.checked(given, place),)
 
 
 def _plain(setting: Setting) -> Any:

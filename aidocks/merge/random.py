@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 _NUMBERS_A_STEP = 8
 
 
+def stage_seed(seed: int, stage: str) -> int:
+    """Return the seed of one of several merges of a request, so that a later one draws numbers of its own.
+
+    Args:
+        seed: The request's.
+        stage: Name of the merge; empty for the last, whose seed is the request's.
+    """
+    if not stage:
+        return seed
+    digest = hashlib.sha256(f"{seed}\n{stage}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
 def random_words(inputs: Inputs, block: Block, model: int) -> torch.Tensor:
     """Return a random number for every value of a block: uniform over all int32, [R, C], on the inputs' device.
 

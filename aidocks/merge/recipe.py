@@ -29,9 +29,11 @@ class Source(_Frozen):
 
     Attributes:
         reference: As the request names it, for errors.
+        field: Path of the request's field that names it, for errors.
     """
 
     reference: str
+    field: str | None = None
     checkpoint: Path = Field(description="Checkpoint directory.")
     adapter: Path | None = Field(None, description="Directory of a LoRA adapter that is added to it.")
 

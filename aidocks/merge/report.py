@@ -11,11 +11,12 @@ from typing import Any
 from pydantic import Field
 
 from aidocks.checkpoints.files import write_bytes, write_text
-from aidocks.evaluate.comparison import perplexity_section, ranges, shown
+from aidocks.evaluate.comparison import perplexity_section, ranges
 from aidocks.merge.recipe import TensorMerge
 from aidocks.models.manifest import Section, Table
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.merge_result import MergePart, MergeResult
+from aidocks.specs.merge_yaml import shown_reference
 from aidocks.specs.perplexities import ModelPerplexity
 
 _NUMBERED = re.compile(r"\.(\d+)\.")
@@ -85,7 +86,10 @@ def _text(value: Any) -> str:
 def card_sections(result: MergeResult) -> tuple[Section, ...]:
     """Return what the model card tells: what was done with which tensors, what is worth knowing, perplexities."""
     parts = result.parts[:_MOST_PARTS]
-    text = [f"{step.name}: {step.method} of {', '.join(map(shown, step.models))}." for step in result.steps]
+    text = [
+        f"{step.name}: {step.method} of {', '.join(map(shown_reference, step.models))}."
+        for step in result.steps
+    ]
     if len(result.parts) > len(parts):
         text.append(f"{len(result.parts) - len(parts)} more kinds of tensors are in report/report.json.")
     sections = [
@@ -96,7 +100,7 @@ def card_sections(result: MergeResult) -> tuple[Section, ...]:
                 header=("tensors", "layers", "method", "values"),
                 rows=tuple((part.tensors, part.layers, part.method, part.values) for part in parts),
             ),
-            notes=result.notes,
+            notes=_shown_notes(result),
         )
     ]
     if result.perplexities:
@@ -110,7 +114,16 @@ def model_title(model: ModelPerplexity) -> str:
     """Return what people call a model that was measured."""
     titles = {"average": "plain average of the models", "merge": "this model"}
     prefix = "base: " if model.model == "base" else ""
-    return titles.get(model.model, prefix + shown(model.reference))
+    return titles.get(model.model, prefix + shown_reference(model.reference))
+
+
+def _shown_notes(result: MergeResult) -> tuple[str, ...]:
+    """Return the notes with models named as in the rest of the report; the longest first, as one may begin another."""
+    references = sorted({model for step in result.steps for model in step.models}, key=len, reverse=True)
+    notes = list(result.notes)
+    for reference in references:
+        notes = [note.replace(repr(reference), repr(shown_reference(reference))) for note in notes]
+    return tuple(notes)
 
 
 class WriteMergeReport(WritingUnit):
@@ -141,8 +154,9 @@ class WriteMergeReport(WritingUnit):
             files.append(write_bytes(folder / "perplexity.png", draw_perplexities(models, titles, texts)))
         told = self.result.model_dump(mode="json", include={"steps", "parts", "notes", "perplexities"})
         for step in told["steps"]:
-            step["models"] = [shown(reference) for reference in step["models"]]
+            step["models"] = [shown_reference(reference) for reference in step["models"]]
         for model in told["perplexities"]:
-            model["reference"] = shown(model["reference"])
+            model["reference"] = shown_reference(model["reference"])
+        told["notes"] = _shown_notes(self.result)
         files.append(write_text(folder / "report.json", json.dumps(told, indent=1) + "\n"))
         return WrittenFiles(files=tuple(files))

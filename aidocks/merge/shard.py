@@ -16,9 +16,9 @@ from aidocks.checkpoints.header import TensorEntry
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.stream import BUFFER_BYTES, BUFFERS
 from aidocks.checkpoints.writer import ShardPlan, ShardWriter
-from aidocks.errors import CorruptCheckpoint, IncompatibleModels
+from aidocks.errors import CorruptCheckpoint, IncompatibleModels, ValueTooLarge
 from aidocks.merge.adapter import Adapter, read_adapter
-from aidocks.merge.inputs import BLOCK_VALUES, Inputs, Merged
+from aidocks.merge.inputs import BLOCK_VALUES, Inputs, Merged, finite_blocks, require_finite
 from aidocks.merge.method import find_method
 from aidocks.merge.recipe import Operand, Source, TensorMerge
 from aidocks.merge.rows import Rows, StoredRows
@@ -27,6 +27,8 @@ from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 if TYPE_CHECKING:
     import torch
 
+#: Types whose values are checked while they are copied.
+_CHECKED = ("F64", "F32", "F16", "BF16")
 #: A process with torch in it.
 _PROCESS_BYTES = 320_000_000
 
@@ -92,7 +94,10 @@ class _Opened:
     @cached_property
     def adapter(self) -> Adapter | None:
         """What is added to the checkpoint."""
-        return None if self._source.adapter is None else read_adapter(self._source.adapter)
+        if self._source.adapter is None:
+            return None
+        field = self._source.field
+        return read_adapter(self._source.adapter, field=f"{field}.lora" if field else None)
 
 
 def merge_tensor(
@@ -116,7 +121,8 @@ def merge_tensor(
 
     Raises:
         CorruptCheckpoint: For an input that is not finite, naming model and tensor, or that has changed.
-        IncompatibleModels: When a value of the result has none in the result's type.
+        ValueTooLarge: When a value of the result has none in the result's type.
+        IncompatibleModels: When values that cannot be merged (integers) differ.
     """
     rows = sources.rows(tensor)
     dtype = to_torch(tensor.dtype)
@@ -143,6 +149,8 @@ def _copied(tensor: TensorMerge, rows: Sequence[Rows], dtype: torch.dtype) -> Me
     for begin, end in Inputs(tensor.name, tuple(rows)).spans:
         # Copied, because what was read is overwritten by the next operand of the same tensor.
         values = first.read(begin, end).clone()
+        if values.is_floating_point():
+            require_finite(first.label, values)
         for other in others:
             if not torch.equal(values, other.read(begin, end)):
                 raise IncompatibleModels(
@@ -158,7 +166,7 @@ def _rounded(tensor: TensorMerge, block: torch.Tensor, dtype: torch.dtype) -> to
     # A sum is finite where all values are, but for the rare one that overflows.
     if dtype.is_floating_point and not bool(rounded.float().sum().isfinite() or rounded.isfinite().all()):
         name = str(dtype).removeprefix("torch.")
-        raise IncompatibleModels(
+        raise ValueTooLarge(
             f"The merge of {tensor.name} has values that are too large for {name}.",
             field="out_dtype",
             value=name,
@@ -192,16 +200,19 @@ class MergeShard(WritingUnit):
             for planned in writer.in_order:
                 tensor = recipes[planned.name]
                 entry = self._copied_bytes(tensor, sources)
-                if entry is not None:
-                    writer.copy(tensor.name, entry)
-                else:
+                if entry is None:
                     writer.write_blocks(tensor.name, self._merge(tensor, sources, context))
+                elif entry.dtype in _CHECKED:
+                    writer.write_blocks(tensor.name, finite_blocks(sources.rows(tensor)[0]))
+                else:
+                    writer.copy(tensor.name, entry)
         return WrittenFiles(files=(writer.output,))
 
     def _copied_bytes(self, tensor: TensorMerge, sources: OpenedSources) -> TensorEntry | None:
         """Return the stored tensor whose bytes are the result's; None where values are computed or compared."""
         is_as_it_was = tensor.method is None or (
-            tensor.method == "passthrough" and tensor.values["scale"] == (1,)
+            # A tuple in the plan, a list once it has travelled as JSON.
+            tensor.method == "passthrough" and list(tensor.values["scale"]) == [1]
         )
         if not is_as_it_was or tensor.vocabulary is not None or len(tensor.operands) > 1:
             return None

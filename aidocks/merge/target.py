@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from aidocks.checkpoints.dtypes import DTYPE_BITS
 from aidocks.checkpoints.writer import ShardPlan, TensorPlan, plan_shards
-from aidocks.merge.alike import check_alike
+from aidocks.merge.alike import check_alike, check_layers
 from aidocks.merge.ends import choose_head, set_tie
 from aidocks.merge.layer_config import LayerOrigin, rewrite_layers
 from aidocks.merge.layers import count_layers
@@ -59,7 +59,6 @@ class Target:
         config: Content of config.json.
         dtype: Type of most bytes of the result, in safetensors' spelling.
         tokenizer: Directory that gives the tokenizer's and other files.
-        has_own_vocabulary: Whether its tokenizer is none of the models', but made for it.
         notes: What one should know of the result.
     """
 
@@ -69,7 +68,6 @@ class Target:
     config: dict[str, Any]
     dtype: str
     tokenizer: Path
-    has_own_vocabulary: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -106,7 +104,8 @@ class Target:
             source=Source(reference=name, checkpoint=directory),
             tensors=MappingProxyType({tensor.name: tensor for tensor in self.tensors}),
             config=self.config,
-            tokenizer=directory if self.has_own_vocabulary else self.tokenizer,
+            # Its own, which may have other tokens or another chat template than any model's.
+            tokenizer=directory,
         )
 
 
@@ -135,7 +134,7 @@ def plan_target(
     slices = arranger.arrange()
     template = members[merge.base_model] if merge.base_model is not None else slices[0].inputs[0].member
     merged = list({given.member.reference: given.member for part in slices for given in part.inputs}.values())
-    notes = check_alike(template, merged)
+    notes = [*check_alike(template, merged), *check_layers(template, slices)]
     sources = tuple(member.source for member in members.values())
     head = choose_head(slices)
     wanted = merge.out_dtype or merge.dtype
@@ -161,7 +160,6 @@ def plan_target(
         config=config,
         dtype=_most_bytes(tensors),
         tokenizer=vocabulary.tokenizer if vocabulary else template.tokenizer,
-        has_own_vocabulary=vocabulary is not None,
         notes=tuple(dict.fromkeys(found)),
     )
 

@@ -81,7 +81,7 @@ class TensorPlanner:
             return
         names = [head.tensors[given.member.reference] for given in part.inputs]
         for given, name in zip(part.inputs, names, strict=True):
-            if name not in given.member.tensors:
+            if name not in given.member.named:
                 raise given.member.refuse(
                     f"The model {given.member.reference!r} has no tensor {name}, which other models have, and its "
                     "head is not its embedding (tie_word_embeddings)."
@@ -149,9 +149,9 @@ class TensorPlanner:
     def _tensor(
         self, name: str, part: Slice, tensors: Sequence[str], t: float, *, is_vocabulary: bool = False
     ) -> TensorMerge:
-        stored = [given.member.tensors[tensor] for given, tensor in zip(part.inputs, tensors, strict=True)]
+        stored = [given.member.named[tensor] for given, tensor in zip(part.inputs, tensors, strict=True)]
         operands = tuple(
-            Operand(source=self._places[given.member.reference], tensor=tensor)
+            Operand(source=self._places[given.member.reference], tensor=given.member.own_name(tensor))
             for given, tensor in zip(part.inputs, tensors, strict=True)
         )
         if is_vocabulary:
@@ -209,10 +209,10 @@ class TensorPlanner:
         """
         leader = self._leader(part)
         first = part.inputs[leader].member
-        shape = first.tensors[tensors[leader]].shape
+        shape = first.named[tensors[leader]].shape
         renewed = is_vocabulary and self._rows is not None
         for given, tensor in zip(part.inputs, tensors, strict=True):
-            other = given.member.tensors[tensor].shape
+            other = given.member.named[tensor].shape
             if other == shape or (renewed and other[1:] == shape[1:]):
                 continue
             is_rows = is_vocabulary and other[1:] == shape[1:]

@@ -8,7 +8,7 @@ Rows beyond the last token are the mean of all others, which gives them about th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
-from aidocks.checkpoints.layout import read_json_object
 from aidocks.checkpoints.writer import ShardPlan, ShardWriter, TensorPlan
 from aidocks.merge.token_rows import (
     AUTOMATIC,
@@ -30,7 +29,7 @@ from aidocks.merge.token_rows import (
     has_changes,
     row_arrays,
 )
-from aidocks.models.tokenizer_files import Tokenizer, TokenizerFiles
+from aidocks.models.tokenizer_files import SPECIAL_TOKENS, Tokenizer, TokenizerFiles
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.merge_config import MergeConfig, ModelToken, TokenPolicy, ZeroToken
 
@@ -43,7 +42,6 @@ EMBEDDINGS = (
     "embed_in.weight",
     "tok_embeddings.weight",
 )
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Shaped(Protocol):
@@ -182,7 +180,7 @@ def plan_vocabulary(
         request=request,
         result=built.result,
         files=built.files,
-        special_ids=_special_ids(list(members.values())[request.first], built.files.source),
+        special_ids=_special_ids(list(members.values())[request.first], built.files.source, members.values()),
         changes=has_changes(request, built),
         notes=built.notes,
     )
@@ -231,13 +229,16 @@ def _token_row(token: str, given: TokenPolicy, models: Sequence[str], path: str)
     return TokenRow(token=token, force=given.force, source=place)
 
 
-def _special_ids(base: Speaker, source: Path) -> dict[str, Any]:
-    """Return the numbers of the special tokens where the tokens are another model's than the configuration."""
-    if source == base.tokenizer or not (source / "config.json").is_file():
+def _special_ids(base: Speaker, source: Path, members: Iterable[Speaker]) -> dict[str, Any]:
+    """Return the numbers of the special tokens where the tokens are another model's than the configuration.
+
+    The model says them, not its directory: the result of an earlier merge may not be written yet.
+    """
+    if source == base.tokenizer:
         return {}
-    config = read_json_object(source / "config.json")
+    config = next((member.config for member in members if member.tokenizer == source), {})
     return {
         key: config[key]
-        for key in _SPECIAL
+        for key in SPECIAL_TOKENS
         if config.get(key) is not None and config[key] != base.config.get(key)
     }

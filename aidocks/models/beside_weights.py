@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ from pydantic import Field
 from aidocks.checkpoints.files import copy_file, write_text
 from aidocks.checkpoints.layout import CONFIG_FILE, is_tokenizer_file, metadata_files, read_json_object
 from aidocks.checkpoints.writer import ShardPlan, write_index
-from aidocks.models.tokenizer_files import TokenizerFiles, write_tokenizer
+from aidocks.models.tokenizer_files import SPECIAL_TOKENS, TokenizerFiles, json_text, write_tokenizer
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 
 _GENERATION_FILE = "generation_config.json"
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class WriteBesideWeights(WritingUnit):
@@ -37,7 +35,7 @@ class WriteBesideWeights(WritingUnit):
         return False
 
     def run(self, context: UnitContext) -> WrittenFiles:
-        texts = {CONFIG_FILE: _dump(self.config)}
+        texts = {CONFIG_FILE: json_text(self.config)}
         if self.tokenizer.source != self.base:
             texts |= self._generation_config()
         beside = [
@@ -56,9 +54,5 @@ class WriteBesideWeights(WritingUnit):
         if not ours.is_file():
             return {}
         said = read_json_object(theirs) if theirs.is_file() else self.config
-        ids = {key: said[key] for key in said if key in _SPECIAL and said[key] is not None}
-        return {ours.name: _dump(read_json_object(ours) | ids)}
-
-
-def _dump(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        ids = {key: said[key] for key in said if key in SPECIAL_TOKENS and said[key] is not None}
+        return {ours.name: json_text(read_json_object(ours) | ids)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from aidocks.checkpoints.files import OutputFile, copy_file
 from aidocks.checkpoints.layout import CONFIG_FILE, metadata_files, read_config
 from aidocks.checkpoints.pickles import distinct_tensors, is_pickled, pickle_files, read_pickle
+from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import SINGLE_FILE, ShardPlan, ShardWriter, TensorPlan, write_index
 from aidocks.errors import AIDocksError
 from aidocks.models.resolve import ModelResolver
@@ -35,8 +36,13 @@ class ConvertPickles(WritingUnit):
         return f"{self.source.name} as safetensors"
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that it writes, about: those that the PyTorch files have."""
+        return sum(path.stat().st_size for path in pickle_files(self.source))
+
+    @property
     def weight(self) -> float:
-        return float(sum(path.stat().st_size for path in pickle_files(self.source)))
+        return float(self.nbytes)
 
     @property
     def computes(self) -> bool:
@@ -50,7 +56,8 @@ class ConvertPickles(WritingUnit):
             error.field = error.field or self.field
             raise
         # Where it does not say so, two copies are right in any case.
-        tied = bool(_text_config(config).get("tie_word_embeddings") or config.get("tie_word_embeddings"))
+        parts = (config, config.get("text_config"))
+        tied = any(bool(part.get("tie_word_embeddings")) for part in parts if isinstance(part, dict))
         kept: dict[Path, dict[str, torch.Tensor]] = {path: {} for path in opened}
         for path, name, tensor in distinct_tensors(opened, tied=tied):
             kept[path][name] = tensor
@@ -71,6 +78,8 @@ class ConvertPickles(WritingUnit):
             )
             for number, tensors in enumerate(files, 1)
         )
+        # More than the files have, where names share memory.
+        require_space(self.directory, sum(shard.nbytes for shard in shards))
         written = []
         for shard, tensors in zip(shards, files, strict=True):
             with ShardWriter(self.directory, shard) as writer:
@@ -94,6 +103,7 @@ def conversions(
 
     Returns:
         Reference -> directory, and one unit for each directory. Both are empty where nothing needs a conversion.
+        What the units write together is the sum of their ``nbytes``.
 
     Raises:
         AIDocksError: A reference leads nowhere.
@@ -123,8 +133,3 @@ def _chosen(path: Path, names: frozenset[str] | None) -> dict[str, torch.Tensor]
             hint="Download or copy the whole checkpoint again.",
         )
     return {name: tensor for name, tensor in tensors.items() if names is None or name in names}
-
-
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config

@@ -19,6 +19,8 @@ from aidocks.checkpoints.layout import is_tokenizer_file, metadata_files, read_j
 from aidocks.errors import CorruptCheckpoint, IncompatibleModels
 from aidocks.models.chat_templates import TEMPLATES, resolve_template
 
+#: Fields of config.json and generation_config.json with the numbers of special tokens.
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FAST_FILE, SETTINGS_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 #: Older forms of what tokenizer.json says: they would still say what it said before tokens were added.
 _OTHER_FORMS = ("added_tokens.json", "merges.txt", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -144,13 +146,13 @@ def write_tokenizer(
     texts: dict[str, str] = {}
     if not files.is_copy:
         sources = [path for path in sources if path.name not in _OTHER_FORMS]
-        texts[FAST_FILE] = _dump(_changed(read_json_object(files.source / FAST_FILE), files))
+        texts[FAST_FILE] = json_text(_changed(read_json_object(files.source / FAST_FILE), files))
     settings = files.source / SETTINGS_FILE
     if settings.is_file():
         before = read_json_object(settings)
         after = _changed_settings(before, files, chat_template)
         if after != before:
-            texts[SETTINGS_FILE] = _dump(after)
+            texts[SETTINGS_FILE] = json_text(after)
     if chat_template is not None:
         # chat_template.json is an older form of the same thing, which some readers prefer.
         sources = [path for path in sources if path.name != "chat_template.json"]
@@ -237,5 +239,6 @@ def _read_template(directory: Path) -> str | None:
     return template.strip() if isinstance(template, str) else None
 
 
-def _dump(content: dict[str, Any]) -> str:
+def json_text(content: Mapping[str, Any]) -> str:
+    """Return the text of a JSON file as people read it, its keys in their order."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

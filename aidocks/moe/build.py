@@ -15,6 +15,7 @@ from aidocks.evaluate.domains import DomainResults, MeasureDomains
 from aidocks.models.manifest import Parent
 from aidocks.models.parents import describe_members, parent_units
 from aidocks.models.publication import Staged
+from aidocks.models.unchanged import require_unchanged
 from aidocks.moe.assemble import WriteRouter, assembly_units
 from aidocks.moe.check import CheckMoE, Routing
 from aidocks.moe.dense import Member, read_dense, stored_dtype
@@ -85,6 +86,7 @@ class Build:
                 "Only some of the experts have a head of their own (tie_word_embeddings): there is no plain average to "
                 "compare with."
             )
+        yield from require_unchanged(member.checkpoint.path for member in self.members)
         gates = yield from self._assemble()
         learned = (yield from self._learn()) if gates is None else None
         file = learned.file if learned else gates.file if gates else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aidocks.errors import IncompatibleModels
+from aidocks.models.rope import read_rotation
 from aidocks.specs.moe import DType
 
 if TYPE_CHECKING:
@@ -182,14 +183,12 @@ def _build(member: Member, full: Mapping[str, Any]) -> DenseConfig:
 
 def _rope(member: Member, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return rotary parameters in one form, whichever version of transformers wrote them."""
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    if any(isinstance(value, Mapping) for value in given.values()):
+    rotation = read_rotation(config)
+    if any(isinstance(value, Mapping) for value in rotation.values()):
         raise member.refuse(
             f"The model {member.reference!r} rotates its layers in different ways (rope_parameters)."
         )
-    given = {key: value for key, value in given.items() if value is not None}
-    kind = given.pop("type", "default")
-    kind = given.pop("rope_type", kind)
+    kind, part = rotation["rope_type"], rotation.pop("partial_rotary_factor")
     if config["model_type"] == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"  # its names in the first releases
     if kind not in _ROTATIONS:
@@ -198,8 +197,7 @@ def _rope(member: Member, config: Mapping[str, Any]) -> dict[str, Any]:
             f"MoE form computes.",
             f"Known: {', '.join(_ROTATIONS)}.",
         )
-    part = given.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if part is not None and float(part) != 1:
+    if part != 1:
         raise member.refuse(
             f"The model {member.reference!r} rotates only a part of every head (partial_rotary_factor is "
             f"{part}); an MoE form rotates all of it."
@@ -207,13 +205,8 @@ def _rope(member: Member, config: Mapping[str, Any]) -> dict[str, Any]:
     original = config.get("original_max_position_embeddings")
     if kind in _OF_ORIGINAL_CONTEXT and original is not None:
         # transformers prefers the field outside to the one inside; only the one inside can be kept.
-        given["original_max_position_embeddings"] = int(original)
-    theta = given.pop("rope_theta", config.get("rope_theta"))
-    return {
-        "rope_theta": float(10_000 if theta is None else theta),
-        "rope_type": kind,
-        **dict(sorted(given.items())),
-    }
+        rotation["original_max_position_embeddings"] = int(original)
+    return {**rotation, "rope_type": kind}
 
 
 def _windows(member: Member, config: Mapping[str, Any]) -> tuple[int | None, tuple[bool, ...]]:

@@ -7,12 +7,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from aidocks.specs.base import ModelName, ModelRef, ModelResult, PublishableSpec
-from aidocks.specs.patterns import MAX_PATTERN, compile_pattern
+from aidocks.specs.patterns import MAX_PATTERN, MAX_PATTERNS, compile_pattern
 
 DType = Literal["float32", "float16", "bfloat16"]
 Decomposition = Literal["exact", "randomized"]
 
-_MOST_PATTERNS = 64
 
 EXAMPLE: dict[str, Any] = {
     "model": "smollm2-135m-instruct-laser",
@@ -67,14 +66,14 @@ class ExtractLoraSpec(PublishableSpec):
     )
     include: tuple[str, ...] = Field(
         (),
-        max_length=_MOST_PATTERNS,
+        max_length=MAX_PATTERNS,
         description="Regular expressions: only tensors whose name has a match for one of them are looked at. "
         "Default: all.",
         examples=[["mlp", r"layers\.[0-9]\."]],
     )
     exclude: tuple[str, ...] = Field(
         (),
-        max_length=_MOST_PATTERNS,
+        max_length=MAX_PATTERNS,
         description="Regular expressions: tensors whose name has a match for one of them are left as the base's.",
         examples=[["lm_head"]],
     )
@@ -122,7 +121,7 @@ class ExtractedMatrix(BaseModel):
 class ExtractLoraResult(ModelResult):
     """An adapter, and how close it comes."""
 
-    rank: int = Field(description="Largest rank of a matrix.")
+    rank: int = Field(description="Largest rank of a matrix; 0 where all matrices are the same.")
     alpha: float = Field(description="`lora_alpha` of the adapter's configuration.")
     method: Decomposition
     matrices: tuple[ExtractedMatrix, ...] = Field(

@@ -8,13 +8,12 @@ from typing import Any
 from pydantic import ConfigDict, Field, model_validator
 
 from aidocks.errors import InvalidSpec
-from aidocks.merge.genome import Genome, Number, lift_ranges, read_genome
-from aidocks.merge.population import default_size
 from aidocks.specs.base import ModelName, PublishableSpec
 from aidocks.specs.merge import ComputeDType, MergeSpec
 from aidocks.specs.merge_config import MergeConfig
 from aidocks.specs.objective import Objective
 from aidocks.specs.search_range import SearchRange
+from aidocks.specs.search_space import Genome, Number, lift_ranges, read_genome
 
 EXAMPLE: dict[str, Any] = {
     "merge_method": "linear",
@@ -150,13 +149,11 @@ class MergeEvolveSpec(MergeConfig, PublishableSpec):
 
     @property
     def genome(self) -> Genome:
-        """What is searched, and the merge around it in mergekit's language."""
-        return read_genome(self.model_dump(mode="json", include=set(MergeConfig.model_fields)), self.search)
+        """What is searched, and the merge around it in mergekit's language; the method may know better.
 
-    @property
-    def size(self) -> int:
-        """Candidates of a generation."""
-        return self.population or default_size(len(self.genome.variables))
+        See :func:`aidocks.merge.evolve.genome.checked_genome`.
+        """
+        return read_genome(self.model_dump(mode="json", include=set(MergeConfig.model_fields)), self.search)
 
     def merge(self, values: Sequence[Number]) -> MergeSpec:
         """Return the request of the merge that has these values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.specs.base import ModelResult
-from aidocks.specs.laser_result import PartScore
+from aidocks.specs.part_score import PartScore
 
 
 class _Part(BaseModel):
@@ -43,7 +43,9 @@ class MergeEvolveResult(ModelResult):
     )
     objection: str | None = Field(None, description="Why what was found is not the result.")
     values: tuple[FoundValue, ...] = Field(description="The searched numbers, in the order of the request.")
-    config: str = Field("", description="The result's merge as a mergekit file.")
+    config: str = Field(
+        "", description="The result's merge as a mergekit file, with models as the request names them."
+    )
     search: PartScore | None = Field(
         None,
         description="The objective on the items that the search used. Of all scores: before, the initial values; "

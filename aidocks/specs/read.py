@@ -19,12 +19,17 @@ from aidocks.errors import InvalidSpec, NotFound
 from aidocks.specs.faults import invalid_spec
 
 if TYPE_CHECKING:
+    import yaml
+
     from aidocks.specs.base import Spec
 
 SpecT = TypeVar("SpecT", bound="Spec")
 
 #: Field under which the documents of a YAML text of several are handed on; further fields may stand beside it.
 DOCUMENTS = "documents"
+
+#: Values that a YAML document may stand for. Lists of aliases of lists of aliases double with every line.
+_MOST_NODES = 100_000
 
 #: What of an offending line is worth repeating.
 _SHOWN_LINE = 120
@@ -113,7 +118,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Parse YAML of plain data; repeated keys are refused.
+    """Parse YAML of plain data; repeated keys, and documents that their aliases make endless, are refused.
 
     Returns:
         The document. Of several (separated by ``---``), a mapping with the one key ``documents``: all that are not
@@ -125,15 +130,26 @@ def parse_yaml(text: str | bytes) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def construct_document(self, node: yaml.Node) -> Any:
+            if _count_nodes(node, {}) > _MOST_NODES:
+                raise InvalidSpec(
+                    f"The YAML stands for more than {_MOST_NODES:,} values.",
+                    hint="Write values out, instead of aliases of aliases.",
+                )
+            return super().construct_document(node)
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.constructor.ConstructorError(
+                        None, None, "a key is a list or a mapping", key.start_mark
+                    )
                 if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                     raise yaml.constructor.ConstructorError(
                         None, None, f"the key {key.value!r} is given twice", key.start_mark
                     )
-                if isinstance(key, yaml.ScalarNode):
-                    seen.add(key.value)
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     text = _decoded(text)
@@ -144,10 +160,24 @@ def parse_yaml(text: str | bytes) -> Any:
         _refuse(
             text, _offset(text, mark.line, mark.column) if mark else 0, error.problem or str(error), "YAML"
         )
+    except InvalidSpec:
+        raise
+    except (AttributeError, LookupError, TypeError):  # the library's answers to `!!bool maybe`
+        raise InvalidSpec("The YAML is not valid: a value is not what its tag (`!!`) says.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InvalidSpec(f"The YAML is not valid: {_one_line(str(error))}.") from None
     filled = [document for document in documents if document is not None]
     return {DOCUMENTS: filled} if len(filled) > 1 else next(iter(filled), None)
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return how many values a node stands for, with all that its aliases repeat; a node within itself is endless."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        pairs = node.value if isinstance(node.value, list) else ()
+        inner = (part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,)))
+        known[id(node)] = 1 + sum(_count_nodes(part, known) for part in inner)
+    return known[id(node)]
 
 
 def _decoded(text: str | bytes) -> str:

@@ -11,13 +11,16 @@ from aidocks.errors import InvalidSpec
 from aidocks.specs.base import Spec
 
 MOST_POINTS = 64
+#: Beyond it, the numbers of most models' weights end.
+_LARGEST = 1e30
+EXAMPLE = "Write a range in place of a number: `weight: {min: 0, max: 1}`."
 
 
 class SearchRange(Spec):
     """``{min: 0, max: 1}``, in place of the number of a merge's parameter."""
 
-    min: float = Field(description="Smallest value.", examples=[0])
-    max: float = Field(description="Largest value.", examples=[1])
+    min: float = Field(ge=-_LARGEST, le=_LARGEST, description="Smallest value.", examples=[0])
+    max: float = Field(ge=-_LARGEST, le=_LARGEST, description="Largest value.", examples=[1])
     initial: float | tuple[float, ...] | None = Field(
         None,
         description="Where the search begins, and what its result has to beat; with `points`, one number for all or "
@@ -42,9 +45,11 @@ class SearchRange(Spec):
     @model_validator(mode="before")
     @classmethod
     def _plain_numbers(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            raise InvalidSpec("Must be a range.", hint=EXAMPLE)
         switches = [key for key, value in given.items() if isinstance(value, bool)]
         if switches:
-            raise InvalidSpec("Must be a number.", field=switches[0], value=given[switches[0]])
+            raise InvalidSpec("Must be a number.", field=str(switches[0]), value=given[switches[0]])
         return given
 
     @model_validator(mode="after")

@@ -77,13 +77,13 @@ def _along_the_first_axis(inputs: Inputs, t: float) -> Merged:
         return block.begin, sums.cpu()
 
     totals = torch.zeros((3, inner, width), dtype=torch.float64)
-    for begin, found in inputs.collect(products):
+    # Added up while walking: the parts of all blocks together are larger than the tensor.
+    for begin, found in inputs.walk(products):
         totals.index_add_(1, places(begin, found.shape[1]), found)
-    coefficients = [each.to(inputs.device) for each in _coefficients(totals, t)]
 
     def make(block: Block) -> torch.Tensor:
-        of_block = places(block.begin, len(block.values[0])).to(inputs.device)
-        first, second = (each[of_block] for each in coefficients)
+        of_block = totals[:, places(block.begin, len(block.values[0]))]
+        first, second = _coefficients(of_block.to(inputs.device), t)
         return _mixed(block, first, second)
 
     return inputs.map(make)

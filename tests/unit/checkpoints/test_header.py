@@ -230,3 +230,11 @@ def test_empty_tensors_and_scalars_have_their_place(tmp_path: Path) -> None:
     entries, _ = read_header(path)
     assert (entries["none"].numel, entries["none"].nbytes) == (0, 0)
     assert (entries["one"].numel, entries["one"].nbytes) == (1, 4)
+
+
+def test_names_that_nobody_needs_are_refused(tmp_path: Path) -> None:
+    longest = write_file(tmp_path / "longest.safetensors", {"n" * 512: entry()}, bytes(8))
+    assert list(read_header(longest)[0]) == ["n" * 512]
+    longer = write_file(tmp_path / "longer.safetensors", {"n" * 513: entry()}, bytes(8))
+    with pytest.raises(CorruptCheckpoint, match="513 characters, more than 512"):
+        read_header(longer)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 from aidocks.checkpoints.pickles import is_pickled, pickle_files, read_pickle
 from aidocks.checkpoints.reader import Checkpoint
-from aidocks.errors import CorruptCheckpoint, UnsafeCheckpoint
+from aidocks.errors import CorruptCheckpoint, InsufficientDisk, UnsafeCheckpoint
 from aidocks.models.converting import ConvertPickles, conversions
 from aidocks.models.resolve import ModelResolver
 from aidocks.plan import UnitContext
@@ -139,8 +141,8 @@ def test_files_of_the_old_form_are_refused_and_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [{"model": {"a": torch.zeros(1)}}, [torch.zeros(1)], {"step": 3}, {1: torch.zeros(1)}],
-    ids=["training", "list", "number", "no-name"],
+    [{"model": {"a": torch.zeros(1)}}, [torch.zeros(1)], {"step": 3}, {1: torch.zeros(1)}, {}],
+    ids=["training", "list", "number", "no-name", "nothing"],
 )
 def test_what_is_no_weights_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "pytorch_model.bin")
@@ -172,3 +174,51 @@ def test_only_models_that_need_it_are_converted_and_each_once(tmp_path: Path) ->
     assert unit.directory == places[str(source)]
     with pytest.raises(UnsafeCheckpoint):
         resolver.open(str(source), field="base_model")
+
+
+def test_a_small_file_does_not_become_a_large_one(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", {"a.weight": torch.zeros(1).expand(1000, 1000)})
+    with pytest.raises(CorruptCheckpoint, match=r"'a\.weight' has 4000000 bytes, and holds 4 of them"):
+        convert(source, tmp_path)
+    free = shutil.disk_usage(tmp_path).free
+    whole = torch.zeros(1 << 20)
+    many = {f"{number}": whole for number in range(20)}
+    source = save(tmp_path / "many", many)
+    (unit,) = conversions({"a": str(source)}, ModelResolver(tmp_path, [tmp_path]), tmp_path)[1]
+    assert whole.nbytes < unit.nbytes < 2 * whole.nbytes
+    with pytest.MonkeyPatch.context() as patch:
+        usage = SimpleNamespace(free=min(free, 10 * whole.nbytes))
+        patch.setattr("aidocks.checkpoints.space.shutil.disk_usage", lambda _: usage)
+        with pytest.raises(InsufficientDisk):
+            convert(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(tR.",
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x01K\x01K\x01tR.",
+        b"\x80\x02K\x01Q.",
+        b"\x80\x02}q\x00(",
+        b"\x80\x02\xff",
+        b"",
+        b"\x80\x020.",
+        b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b".",
+    ],
+    ids=["nothing", "numbers", "place", "cut-off", "unknown", "empty", "pop", "deep"],
+)
+def test_programs_that_nobody_meant_are_refused(tmp_path: Path, program: bytes) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    with pytest.raises((CorruptCheckpoint, UnsafeCheckpoint), match=r"pytorch_model\.bin of"):
+        read_pickle(path)
+
+
+@pytest.mark.parametrize("name", ["", "__metadata__", "a\n", "a\ud800"])
+def test_names_that_no_file_can_have_are_refused(tmp_path: Path, name: str) -> None:
+    torch.save({name: torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnsafeCheckpoint, match="a tensor called"):
+        read_pickle(tmp_path / "pytorch_model.bin")

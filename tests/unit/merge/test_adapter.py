@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from aidocks.checkpoints.header import TensorEntry, read_header
-from aidocks.errors import AIDocksError, IncompatibleModels, UnknownModel, UnsafeCheckpoint
+from aidocks.errors import AIDocksError, CorruptCheckpoint, IncompatibleModels, UnknownModel, UnsafeCheckpoint
 from aidocks.merge.adapter import AdaptedRows, Adapter, read_adapter
 from aidocks.merge.rows import MemoryRows
 
@@ -199,14 +199,72 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, config: dict[
         {f"{Q}.lora_A.weight": torch.ones(4, 6, 3, 3), f"{Q}.lora_B.weight": torch.ones(8, 4, 1, 1)},
         {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 6)},
         {f"{Q}.ia3_l": torch.ones(8)},
+        {"model.norm.weight": torch.ones(6), "model.norm.modules_to_save.weight": torch.zeros(6)},
+        factors(Q, 8, 6) | {f"{Q}.lora_A.default.weight": torch.ones(4, 6)},
+        {"model.norm.weight": torch.ones(6, dtype=torch.int8)},
     ],
-    ids=["half", "bias-of-factor", "convolution", "tokens", "other-method"],
+    ids=["half", "bias-of-factor", "convolution", "tokens", "other-method", "twice", "factor-twice", "int8"],
 )
 def test_tensors_that_are_not_understood_are_refused(
     tmp_path: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
     with pytest.raises(IncompatibleModels, match="does not know what to do with"):
         read_adapter(write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_name_the_adapter(tmp_path: Path, value: float) -> None:
+    parts = factors(Q, 8, 6) | {"model.norm.weight": torch.ones(6)}
+    for number, (name, part) in enumerate(parts.items()):
+        bad = part.clone()
+        bad.view(-1)[3] = value
+        directory = write(tmp_path / f"style-{number}", parts | {name: bad})
+        adapter = read_adapter(directory, field="models[0].model.lora")
+        tensor = "model.norm.weight" if part.dim() == 1 else f"{Q}.weight"
+        weight = torch.zeros(6 if part.dim() == 1 else (8, 6))
+        with pytest.raises(CorruptCheckpoint, match=f"{name} of the adapter style-{number}") as caught:
+            adapter.apply(tensor, MemoryRows(tensor, weight)).read(0, 1)
+        assert caught.value.field == "models[0].model.lora"
+
+
+def test_a_matrix_that_is_stored_whole_gets_its_factors_all_the_same(tmp_path: Path) -> None:
+    # PEFT writes both for an embedding that it enlarged and trains factors of.
+    parts = factors(Q, 8, 6)
+    whole = torch.randn(8, 6)
+    adapter = read_adapter(write(tmp_path, parts | {f"{Q}.base_layer.weight": whole}))
+    total = whole + 2 * parts[f"{Q}.lora_B.weight"] @ parts[f"{Q}.lora_A.weight"]
+    assert torch.allclose(read(adapter, f"{Q}.weight", torch.zeros(8, 6)), total, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "brings"),
+    [
+        ({"modules_to_save": ["lm_head"]}, ("lm_head",), True),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, ("lm_head", "model.embed_tokens"), True),
+        ({"ensure_weight_tying": True}, ("lm_head", "model.embed_tokens"), False),
+        ({}, ("lm_head", "model.embed_tokens"), False),
+        ({}, ("model.embed_tokens",), False),
+    ],
+)
+def test_whose_head_an_adapter_brings(
+    tmp_path: Path, config: dict[str, Any], names: tuple[str, ...], brings: bool
+) -> None:
+    tensors = {f"{name}.weight": torch.ones(8, 6) for name in names}
+    assert read_adapter(write(tmp_path, tensors, **config)).brings_head is brings
+
+
+def test_files_that_cannot_be_read_name_the_adapter(tmp_path: Path) -> None:
+    directory = write(tmp_path / "style", factors(Q, 8, 6))
+    (directory / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CorruptCheckpoint, match="'style'") as caught:
+        read_adapter(directory, field="models[0].model.lora")
+    assert caught.value.field == "models[0].model.lora"
+
+
+@pytest.mark.parametrize("alpha", ["x", float("nan")])
+def test_a_scale_that_cannot_be_is_refused(tmp_path: Path, alpha: Any) -> None:
+    with pytest.raises(AIDocksError):
+        read_adapter(write(tmp_path, factors(Q, 8, 6), lora_alpha=alpha))
 
 
 @pytest.mark.parametrize("rank", ["x", -1, True, 1 << 40, None])

@@ -155,3 +155,18 @@ def test_a_bias_has_one_value_a_token(tmp_path: Path) -> None:
     assert first.shape == (5,)
     assert first.read(0, 1).tolist() == [[3.0, 2.0, 1.0, 20.0, 6.5]]
     assert second.read(0, 1).tolist() == [[10.0, 2.0, 1.0, 20.0, 8.25]]
+
+
+def test_a_bias_of_the_head_is_read_once(tmp_path: Path) -> None:
+    class Counted(MemoryRows):
+        def read(self, begin: int, end: int) -> torch.Tensor:
+            readings.append((begin, end))
+            return super().read(begin, end)
+
+    readings: list[tuple[int, int]] = []
+    order = np.random.default_rng(0).permutation(100).tolist()
+    bias = torch.randn(100)
+    (mapped,) = mapped_rows([Counted("bias", bias)], mapping(tmp_path, [order]))
+    for _ in range(2):
+        assert torch.equal(mapped.read(0, 1)[0], bias[order])
+    assert readings == [(0, 1)]

@@ -11,9 +11,10 @@ import pytest
 from aidocks.errors import IncompatibleModels, InvalidSpec
 from aidocks.evaluate.objectives import ObjectiveSource
 from aidocks.evaluate.texts import TextSource
-from aidocks.merge.evolution import Evolution, Findings
-from aidocks.merge.evolve_report import ledger
-from aidocks.merge.measure_merge import Losses, MeasureMerge, MergeLosses, is_hopeless
+from aidocks.merge.evolve.evolution import Evolution, Findings
+from aidocks.merge.evolve.genome import checked_genome
+from aidocks.merge.evolve.measuring import Losses, MeasureMerge, MergeLosses, is_hopeless
+from aidocks.merge.evolve.report import ledger
 from aidocks.specs.merge_evolve import MergeEvolveSpec
 from aidocks.specs.read import build_spec
 
@@ -104,7 +105,7 @@ def search(
     asked: MergeEvolveSpec, merges: Formulas, objectives: tuple[ObjectiveSource, ...] = (OBJECTIVE,)
 ) -> tuple[Findings, list[str]]:
     said: list[str] = []
-    plan = Evolution(asked, asked.genome, objectives, merges, said.append).run()
+    plan = Evolution(asked, checked_genome(asked), objectives, merges, said.append).run()
     results: list[Any] | None = None
     try:
         while True:
@@ -210,3 +211,54 @@ def test_a_better_input_is_pointed_out() -> None:
 
     _, said = search(spec(), Formulas(pure))
     assert any(line.startswith("model-0 alone is better than the result") for line in said)
+
+
+def test_a_centre_that_breaks_a_guard_is_no_finalist() -> None:
+    def guard(values: Sequence[float], part: str) -> float:
+        return 6.0 if part == "search" and min(values[:2]) > 0.8 else 1.0
+
+    def corner(values: Sequence[float], part: str) -> float:
+        return 3 + (values[0] - 0.9) ** 2 + (values[1] - 0.9) ** 2
+
+    found = []
+    for seed in range(6):
+        asked = spec(guards=["log_likelihood:capitals"], seed=seed)
+        findings, _ = search(asked, Formulas(corner, guard), (OBJECTIVE, GUARD))
+        found.append(findings)
+        assert min(findings.values) <= 0.8
+        assert {trial.values for trial in findings.trials if trial.is_sound} >= {findings.found}
+    assert any(not findings.trials[-1].is_sound for findings in found)
+
+
+def test_a_centre_of_which_there_is_no_merge_is_survived() -> None:
+    planned: list[Sequence[float]] = []
+
+    def refused(values: Sequence[float]) -> bool:
+        planned.append(values)
+        # The start, six candidates of each of two generations, the last of which is none either, then the centre.
+        return len(planned) in (13, 14)
+
+    findings, _ = search(spec(generations=2), Formulas(bowl, refused=refused))
+    assert [trial.what for trial in findings.trials[1:]] == ["drawn"] * 12
+    assert findings.trials[-1].losses.fault
+    assert findings.found in {trial.values for trial in findings.trials if trial.is_sound}
+
+
+def test_a_guard_that_cannot_be_measured_at_the_start_ends_the_search() -> None:
+    def guard(values: Sequence[float], part: str) -> float:
+        return float("inf")
+
+    with pytest.raises(IncompatibleModels, match="not finite"):
+        search(spec(guards=["log_likelihood:capitals"]), Formulas(bowl, guard), (OBJECTIVE, GUARD))
+
+
+def test_a_model_that_cannot_be_measured_alone_is_left_out() -> None:
+    class Overflowing(Formulas):
+        def measure(self, unit: MeasureMerge) -> MergeLosses:
+            if unit.subject == repr(ALONE["model-1"]):
+                return MergeLosses(fault="Its numbers are too large for float16.")
+            return super().measure(unit)
+
+    findings, _ = search(spec(), Overflowing(bowl))
+    assert findings.accepted
+    assert set(findings.inputs) == {"model-0"}

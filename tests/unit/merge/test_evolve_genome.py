@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aidocks.errors import InvalidSpec
-from aidocks.merge.genome import Genome, lift_ranges, read_genome
+from aidocks.merge.evolve.genome import checked_genome
 from aidocks.specs.merge_evolve import EXAMPLE, MergeEvolveSpec
 from aidocks.specs.read import build_spec
+from aidocks.specs.search_space import Genome, lift_ranges, read_genome
 
 RANGE = {"min": 0, "max": 1}
 
@@ -94,6 +95,8 @@ def test_points_are_a_gradient() -> None:
         ({"min": 1, "max": 1}, "models[1].parameters.weight.max", "nothing to search"),
         ({"min": 0, "max": 1, "initial": 1.5}, "models[1].parameters.weight.initial", "outside of its range"),
         ({"max": 1}, "models[1].parameters.weight.min", "required"),
+        ({"min": -1.7e308, "max": 1.7e308}, "models[1].parameters.weight.min", "greater than"),
+        ({"min": 0, "max": [[[[]]]]}, "models[1].parameters.weight.max", "number"),
         ({"min": 0, "max": True}, "models[1].parameters.weight.max", "number"),
         ({"min": 0, "max": "much"}, "models[1].parameters.weight.max", "number"),
         ({"min": 0, "max": 1, "stop": 2}, "models[1].parameters.weight.stop", "no such field"),
@@ -122,11 +125,29 @@ def test_a_range_that_cannot_be_searched_is_named(weight: Any, field: str, says:
 
 def test_only_numbers_that_the_method_takes_are_searched() -> None:
     with pytest.raises(InvalidSpec, match="is a switch, not a number") as caught:
-        build_spec(MergeEvolveSpec, request(1, parameters={"normalize": RANGE}))
+        checked_genome(build_spec(MergeEvolveSpec, request(1, parameters={"normalize": RANGE})))
     assert caught.value.field == "parameters.normalize"
     with pytest.raises(InvalidSpec, match="no parameter of linear") as caught:
-        build_spec(MergeEvolveSpec, request(1, parameters={"wieght": RANGE}))
+        checked_genome(build_spec(MergeEvolveSpec, request(1, parameters={"wieght": RANGE})))
     assert "weight" in str(caught.value.hint)
+    with pytest.raises(InvalidSpec, match="no merge method 'liner'") as caught:
+        checked_genome(build_spec(MergeEvolveSpec, request(RANGE, merge_method="liner")))
+    assert caught.value.field == "merge_method"
+    ties = request(1, merge_method="ties", parameters={"density": {"min": 0, "max": 1.5, "points": 2}})
+    with pytest.raises(InvalidSpec, match="'density'") as caught:
+        checked_genome(build_spec(MergeEvolveSpec, ties))
+    assert caught.value.field == "parameters.density.max"
+
+
+def test_whole_numbers_are_searched_where_the_method_takes_them() -> None:
+    parameters = {"max_iter": {"min": 2, "max": 9, "initial": 3}, "tol": {"min": 0, "max": 1}}
+    asked = build_spec(MergeEvolveSpec, request(1, merge_method="karcher", parameters=parameters))
+    found = checked_genome(asked)
+    assert [variable.is_whole for variable in found.variables] == [True, False]
+    assert found.initial == (3, 0.5)
+    assert found.values((0.5, 0.5)) == (6, 0.5)
+    written = asked.merge(found.values((0.9, 0.5))).parameters["max_iter"]
+    assert (written, type(written)) == (8, int)
 
 
 def test_a_request_that_searches_nothing_is_told_how() -> None:
@@ -157,7 +178,6 @@ def test_specs_round_trip_with_their_ranges() -> None:
 
 def test_the_rest_of_a_request_is_checked_as_a_merge() -> None:
     for fields, field in (
-        ({"merge_method": "liner"}, "merge_method"),
         ({"objective": "bleu:x"}, "objective"),
         ({"guards": ["perplexity:prose"]}, "guards[0]"),
         ({"seed": RANGE}, "seed"),
@@ -166,3 +186,23 @@ def test_the_rest_of_a_request_is_checked_as_a_merge() -> None:
         with pytest.raises(InvalidSpec) as caught:
             build_spec(MergeEvolveSpec, request(RANGE, **fields))
         assert caught.value.field == field
+
+
+@pytest.mark.parametrize("given_range", [5, [1], None, "0..1"])
+def test_what_is_no_range_at_all_is_named(given_range: Any) -> None:
+    place = "models[1].parameters.weight"
+    with pytest.raises(InvalidSpec, match="Must be a range") as caught:
+        build_spec(MergeEvolveSpec, request(1, search={place: given_range}))
+    assert caught.value.field == f"search.{place}"
+    assert "{min: 0, max: 1}" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("inside", [lambda inner: [inner], lambda inner: {"value": inner}])
+def test_a_request_of_any_depth_is_answered(inside: Any) -> None:
+    weight: Any = RANGE
+    for _ in range(5000):
+        weight = inside(weight)
+    for fields in ({"parameters": {"weight": weight}}, {"parameters": {"weight": {"min": weight, "max": 1}}}):
+        with pytest.raises(InvalidSpec) as caught:
+            build_spec(MergeEvolveSpec, request(1, **fields))
+        assert str(caught.value.field).startswith("parameters.weight")

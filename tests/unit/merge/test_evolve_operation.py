@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from aidocks.errors import IncompatibleModels, InvalidSpec
 from aidocks.evaluate.objectives import ObjectiveSource, resolve_objective, size_objective
 from aidocks.jobs.submit import plan_context
-from aidocks.merge.evolve_operation import MergeEvolve
-from aidocks.merge.measure_merge import MeasureMerge, MergeLosses
+from aidocks.merge.evolve.measuring import MeasureMerge, MergeLosses
+from aidocks.merge.evolve.operation import MergeEvolve
+from aidocks.models.converting import ConvertPickles
 from aidocks.models.registry import Registry
 from aidocks.plan import Unit, UnitContext
 from aidocks.settings import Settings
@@ -157,6 +158,33 @@ def test_a_whole_run(settings: Settings, models: None) -> None:
     assert sum(message.startswith("Generation") for message in driver.messages) == result.generations
 
 
+def test_models_in_directories_and_in_pytorch_files(settings: Settings, models: None, tmp_path: Path) -> None:
+    import torch
+
+    expected = Driver(settings).run(spec(generations=2, name="expected"))
+    spoilt = tmp_path / "spoilt"
+    torch.save(tensors(spoilt), spoilt / "pytorch_model.bin")
+    (spoilt / "model.safetensors").unlink()
+    allowed = settings.model_copy(update={"allowed_roots": (tmp_path,)})
+    references = [{"model": "good", "parameters": {"weight": 1}}]
+    references.append({"model": str(spoilt), "parameters": {"weight": UNIT_RANGE}})
+    driver = Driver(allowed)
+    result = driver.run(spec(generations=2, models=references))
+    assert isinstance(driver.units[0], ConvertPickles)
+    directory = Path(str(result.path))
+    assert result.values == expected.values
+    for name, tensor in tensors(Path(str(expected.path))).items():
+        assert (tensors(directory)[name] == tensor).all()
+
+    # What can be run again here names the directory, what lies beside the model does not.
+    assert yaml.safe_load(result.config)["models"][1]["model"] == str(spoilt)
+    published = yaml.safe_load((directory / "mergekit_config.yml").read_text())
+    assert [model["model"] for model in published["models"]] == ["good", "spoilt"]
+    for path in directory.rglob("*"):
+        if path.suffix in (".md", ".yml") or path.parent.name == "report":
+            assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
 def test_neither_workers_nor_a_kill_change_the_result(
     settings: Settings, models: None, tmp_path: Path
 ) -> None:
@@ -276,6 +304,7 @@ def test_a_state_does_not_depend_on_those_before_it(settings: Settings, models: 
         ({"guards": ["accuracy:prose"]}, InvalidSpec, "guards[0]"),
         ({"chunks": 5000}, InvalidSpec, "chunks"),
         ({"max_shard_size": "much"}, InvalidSpec, None),
+        ({"merge_method": "liner"}, InvalidSpec, "merge_method"),
     ],
 )
 def test_what_cannot_succeed_is_refused_before_any_work(

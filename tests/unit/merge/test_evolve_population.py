@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aidocks.merge.population import WORST, Population, default_size
+from aidocks.merge.evolve.population import WORST, Population, default_size
 
 
 def minimise(best: tuple[float, ...], seed: int, generations: int) -> Population:

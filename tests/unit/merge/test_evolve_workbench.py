@@ -12,10 +12,12 @@ import torch
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import IncompatibleModels
 from aidocks.evaluate.causal_lm import load
-from aidocks.merge.measure_merge import MeasureMerge
+from aidocks.merge.evolve.measuring import MeasureMerge
+from aidocks.merge.evolve.workbench import MergeBench
 from aidocks.merge.recipe import Operand, Source, TensorMerge
-from aidocks.merge.workbench import MergeBench
+from aidocks.merge.shard import OpenedSources, merge_tensor
 from aidocks.plan import UnitContext
+from tests.support.merge_jobs import add_adapter
 from tests.unit.merge.test_evolution import OBJECTIVE
 
 SHAPE = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
@@ -103,7 +105,7 @@ def test_values_are_rounded_as_a_file_would_hold_them(llamas: Pair) -> None:
 
 
 def test_only_what_differs_is_computed(llamas: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aidocks.merge import workbench as module
+    from aidocks.merge.evolve import workbench as module
 
     made: list[str] = []
     plain: Callable[..., Any] = module.merge_tensor
@@ -126,6 +128,23 @@ def test_only_what_differs_is_computed(llamas: Pair, monkeypatch: pytest.MonkeyP
     assert made[len(tensors) :] == [tensors[0].name]
     worker.apply(tensors, sources, seed=1)
     assert len(made) == 2 * len(tensors) + 1
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
+def test_what_is_measured_is_what_is_written_with_adapters_too(
+    compute_dtype: str, llamas: Pair, tmp_path: Path
+) -> None:
+    adapter = add_adapter(tmp_path / "adapter", modules=("model.layers.0.self_attn.q_proj",))
+    (_, other), tensors = halves(llamas, 0.3)
+    sources = (Source(reference="adapted", checkpoint=llamas[0], adapter=adapter), other)
+    worker = bench(llamas[0])
+    # In another type first: nothing of it may stay.
+    for dtype in ("float32", "float64", compute_dtype):
+        worker.apply(tensors, sources, compute_dtype=dtype)
+    opened = OpenedSources(sources, compute_dtype)
+    for tensor in tensors:
+        written = torch.cat(list(merge_tensor(tensor, opened, compute_dtype=compute_dtype)))
+        assert torch.equal(worker.model.network.state_dict()[tensor.name].view(written.shape), written)
 
 
 def test_values_too_large_for_the_type_are_a_fault_of_the_candidate(llamas: Pair, tmp_path: Path) -> None:

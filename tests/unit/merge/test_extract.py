@@ -15,7 +15,7 @@ from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import CorruptCheckpoint, IncompatibleModels, InvalidSpec, UnknownModel
 from aidocks.jobs.submit import plan_context
 from aidocks.merge.adapter import read_adapter
-from aidocks.merge.extract import ExtractLora
+from aidocks.merge.extraction.operation import ExtractLora
 from aidocks.merge.rows import StoredRows
 from aidocks.models.parents import DescribeParent
 from aidocks.models.registry import Registry
@@ -250,6 +250,45 @@ def test_the_registry_shows_an_adapter_as_what_it_is(driver: Driver, stories260k
     assert len(driver.units) == count
 
 
+@pytest.mark.parametrize("part", ["norm", "embed_tokens"])
+def test_what_differs_in_no_matrix_is_stored_whole(driver: Driver, stories260k: Path, part: str) -> None:
+    driver.add("tuned", stories260k, noise(0.1, part))
+    result = driver.run(model="tuned", base_model="base")
+    assert (result.rank, result.error, result.lost) == (0, 0, ())
+    assert result.saved
+    assert all(part in name for name in result.saved)
+    wanted = load_file(driver.path("tuned") / "model.safetensors")
+    got = adapted(driver, "adapter")
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+    config = json.loads((driver.path("adapter") / "adapter_config.json").read_text())
+    # What PEFT asks for where no layer is to get factors.
+    assert config["target_modules"] == "dummy-target-modules"
+    only = driver.run("job-2", model="tuned", base_model="base", include=[part], name="only")
+    assert (only.saved, only.matrices) == (result.saved, ())
+
+
+def test_pytorch_files_are_converted_first(driver: Driver, stories260k: Path) -> None:
+    driver.add("tuned", stories260k, noise(0.05, "mlp"))
+    wanted = driver.run(model="tuned", base_model="base", rank=4)
+    places = {}
+    for name in ("tuned", "base"):
+        places[name] = driver.settings.home / "pickled" / name
+        places[name].mkdir(parents=True)
+        for file in driver.path(name).iterdir():
+            if file.suffix == ".json" and file.name != "aidocks.json":
+                (places[name] / file.name).write_bytes(file.read_bytes())
+        torch.save(load_file(driver.path(name) / "model.safetensors"), places[name] / "pytorch_model.bin")
+    driver.settings = driver.settings.model_copy(update={"allowed_roots": str(driver.settings.home)})
+    fields = {"model": str(places["tuned"]), "base_model": str(places["base"])}
+    found = driver.run("job-2", **fields, rank=4, name="other")
+    assert found.matrices == wanted.matrices
+    one, other = (load_file(driver.path(n) / "adapter_model.safetensors") for n in ("adapter", "other"))
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+    assert [p.path_name for p in Registry(driver.settings.models_dir).manifest("other").parents] == [
+        "tuned", "base",
+    ]  # fmt: skip
+
+
 def test_models_that_do_not_belong_together_are_refused(
     driver: Driver, stories260k: Path, tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -277,6 +316,13 @@ def test_values_that_are_not_finite_are_named(driver: Driver, stories260k: Path)
     driver.add("tuned", stories260k, spoil)
     with pytest.raises(CorruptCheckpoint, match=r"layers\.2\.mlp\.up_proj\.weight of tuned"):
         driver.run(model="tuned", base_model="base")
+
+    def spoil_whole(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][0] = torch.nan
+
+    driver.add("other", stories260k, spoil_whole)
+    with pytest.raises(CorruptCheckpoint, match=r"model\.norm\.weight of other"):
+        driver.run("job-2", model="other", base_model="base")
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(", "a*b*c*d*e*", "(a|b){50}", "x" * 201, r"(a)\1", "(?=a)"])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from aidocks.merge.low_rank import LowRank, decompose
+from aidocks.merge.extraction.low_rank import LowRank, decompose
 
 SIDES = st.integers(1, 24)
 
@@ -95,3 +97,22 @@ def test_a_rank_that_is_not_there_is_not_used(method: str) -> None:
     assert (nothing.rank, nothing.energy) == (0, 1.0)
     assert (nothing.b_OK @ nothing.a_KI).shape == (5, 7)
     assert math.isfinite(nothing.energy)
+
+
+@pytest.mark.parametrize("shape", [(64, 100_000), (100_000, 64)])
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_nothing_as_large_as_the_matrix_is_made_in_float64(shape: tuple[int, int], method: str) -> None:
+    class Largest(TorchDispatchMode):
+        values = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                self.values = max(self.values, made.numel())
+            return made
+
+    d_OI = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with Largest() as largest:
+        found = decompose(d_OI, 4, method=method)  # type: ignore[arg-type]
+    assert found.rank == 4
+    assert 0 < largest.values < d_OI.numel()

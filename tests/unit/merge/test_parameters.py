@@ -81,7 +81,7 @@ def test_the_first_filter_that_fits_counts_and_none_leaves_it_to_the_next_level(
     assert value(ROUNDS, {"filter": "attn", "value": 1}, "norm") == 3
 
 
-@pytest.mark.parametrize(("text", "number"), [("1e-1", 0.1), ("1e1", 10), ("-.5", -0.5), (True, 1)])
+@pytest.mark.parametrize(("text", "number"), [("1e-1", 0.1), ("1e1", 10), ("-.5", -0.5)])
 def test_texts_that_are_numbers_count_as_such(text: Any, number: float) -> None:
     assert value(WEIGHT, text) == number
 
@@ -97,6 +97,7 @@ def test_texts_that_are_numbers_count_as_such(text: Any, number: float) -> None:
         (WEIGHT, [{"filter": "a", "value": 0}, {"value": [1, -11]}], "parameters.weight[1].value[1]", -11),
         (ROUNDS, 1.5, "parameters.rounds", 1.5),
         (ROUNDS, 0, "parameters.rounds", 0),
+        (WEIGHT, True, "parameters.weight", True),
         (SURE, "maybe", "parameters.sure", "maybe"),
         (SURE, 2, "parameters.sure", 2),
     ],

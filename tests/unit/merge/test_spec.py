@@ -13,6 +13,7 @@ from aidocks.merge.parameters import read_settings
 from aidocks.specs.merge import EXAMPLE, MergeSpec
 from aidocks.specs.merge_config import ModelToken, ZeroToken
 from aidocks.specs.merge_settings import split_reference
+from aidocks.specs.merge_yaml import shown_reference, to_public_yaml
 from aidocks.specs.read import DOCUMENTS, build_spec, parse_yaml
 from tests.support.documentation import blocks_of_all_pages
 
@@ -191,6 +192,67 @@ def test_references_in_long_form_are_the_short_ones() -> None:
     assert spec.vocabulary is not None
     assert spec.vocabulary.source == "union"
     assert spec.parameters == {}
+
+
+LOCAL = """
+stages:
+- name: mixed
+  merge_method: linear
+  models: [{model: /home/me/one+~/adapters/two}, {model: ./three}]
+  parameters: {weight: 0.5}
+merge_method: slerp
+base_model: mixed
+slices:
+- base_model: ../four
+  sources:
+  - {model: mixed, layer_range: [0, 2]}
+  - {model: ../four, layer_range: [0, 2]}
+parameters: {t: [{filter: /home/me, value: 0.5}, {value: 0.1}]}
+tokenizer:
+  source: /home/me/one
+  tokens:
+    a: {source: ./three}
+    model: {source: {kind: model_token, model: /home/me/one, token: ./b}}
+compute_dtype: float64
+seed: 3
+name: result
+text: [/home/me/book.txt]
+chunks: 4
+seqlen: 16
+evaluate: true
+dry_run: true
+max_shard_size: 1GB
+"""
+
+
+def test_what_is_published_of_a_merge_is_the_merge_alone() -> None:
+    spec = build_spec(MergeSpec, parse_yaml(LOCAL))
+    public = yaml.safe_load(to_public_yaml(spec))
+    expected = parse_yaml(
+        LOCAL.replace("/home/me/one+~/adapters/two", "one+two")
+        .replace(": /home/me/one", ": one")
+        .replace("model: ./", "model: ")
+        .replace("source: ./", "source: ")
+        .replace(": ../", ": ")
+    )
+    about_the_job = ("text", "chunks", "seqlen", "evaluate", "dry_run", "max_shard_size")
+    assert public == {name: value for name, value in expected.items() if name not in about_the_job}
+    assert build_spec(MergeSpec, public).inputs().keys() == spec.inputs().keys()
+    # What people keep for themselves runs where they are.
+    again = build_spec(MergeSpec, parse_yaml(spec.as_yaml()))
+    assert again == spec.model_copy(update={"dry_run": False})
+
+
+def test_references_are_shown_as_people_read_them() -> None:
+    for reference, shown in {
+        "org/name@main": "org/name@main",
+        "/a/b/c": "c",
+        "~/a+org/b": "a+org/b",
+        "one+./a/b": "one+b",
+        "./c+++": "c+++",
+        "/": "/",
+    }.items():
+        assert shown_reference(reference) == shown
 
 
 def test_a_path_with_a_plus_is_no_adapter_in_long_form() -> None:

@@ -236,6 +236,18 @@ class TestSlices:
         target = plan(gradient, one, other)
         assert named(target, "model.decoder.layers.1.w").values["weight"] == (3, 3)
 
+    def test_layers_that_keep_their_numbers_keep_their_kinds(self) -> None:
+        one = llama("a", config={"layer_types": ["full"] * 5, "max_window_layers": 28})
+        other = llama("b", config={"layer_types": ["window"] * 5, "max_window_layers": 20})
+        text = "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]\n"
+        text += "- sources: [{model: b, layer_range: [2, 5]}]"
+        target = plan(text, one, other)
+        assert target.config["layer_types"] == ["full"] * 2 + ["window"] * 3
+        assert target.notes == plan(text, A, B).notes
+        # What one of them does not say is not known to differ.
+        silent = llama("b")
+        assert plan(text, one, silent).config == {**one.config}
+
 
 class TestMethods:
     def test_an_unknown_one_is_refused_with_the_known_ones(self) -> None:
@@ -354,16 +366,65 @@ class TestModelsThatDoNotFit:
         lacking = {name: shape for name, shape in llama_shapes().items() if name != "model.norm.weight"}
         assert "model.norm.weight" in self.blamed(llama("b", shapes=lacking)).message
 
-    def test_what_is_computed_may_be_stored_or_not(self) -> None:
-        buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}
-        target = plan(HALF, A, llama("b", shapes=llama_shapes() | buffers))
-        assert len(target.tensors) == len(llama_shapes())
+    @pytest.mark.parametrize(
+        ("key", "one", "other"),
+        [
+            ("rms_norm_eps", 1e-5, 1e-3),
+            ("attn_logit_softcapping", 50.0, None),
+            ("final_logit_softcapping", 30.0, 20.0),
+            ("query_pre_attn_scalar", 256, 128),
+            ("num_experts_per_tok", 2, 4),
+        ],
+    )
+    def test_settings_that_a_model_was_trained_with_are_noted(self, key: str, one: Any, other: Any) -> None:
+        (note,) = plan(HALF, llama("a", config={key: one}), llama("b", config={key: other})).notes
+        assert note.startswith(f"{key} is {'null' if other is None else other} in 'b'")
 
-    def test_settings_that_a_model_was_trained_with_are_noted(self) -> None:
-        (note,) = plan(
-            HALF, llama("a", config={"rope_theta": 1e4}), llama("b", config={"rope_theta": 1e6})
-        ).notes
-        assert "rope_theta is 1000000.0 in 'b'" in note
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"rope_theta": 5e5},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"partial_rotary_factor": 0.5},
+        ],
+    )
+    def test_another_rotation_is_noted_however_it_is_said(self, config: dict[str, Any]) -> None:
+        for models in ((llama("a"), llama("b", config=config)), (llama("a", config=config), llama("b"))):
+            (note,) = plan(HALF, *models).notes
+            assert note.startswith("The rotation of positions is ")
+
+    def test_the_same_rotation_in_other_words_is_no_difference(self) -> None:
+        scaling = {"factor": 8.0, "low_freq_factor": 1.0}
+        old = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **scaling}}
+        new = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}}
+        assert plan(HALF, llama("a", config=old), llama("b", config=new)).notes == ()
+        assert plan(HALF, llama("a", config={"rope_theta": 1e4, "rope_scaling": None}), B).notes == ()
+
+    def test_a_rotation_that_is_none_is_refused(self) -> None:
+        error = self.blamed(llama("b", config={"rope_theta": "much"}))
+        assert "rope_parameters" in error.message
+
+    def test_layers_of_another_kind_are_noted(self) -> None:
+        kinds = ["full_attention"] * 5
+        one = llama("a", config={"layer_types": kinds, "no_rope_layers": [1] * 5})
+        other = llama(
+            "b",
+            config={
+                "layer_types": [*kinds[:3], "sliding_attention", "full_attention"],
+                "no_rope_layers": [0] + [1] * 4,
+            },
+        )
+        notes = plan(HALF, one, other).notes
+        assert [note.partition(" of 'b'")[0] for note in notes] == [
+            "layer_types says of the layers 3",
+            "no_rope_layers says of the layers 0",
+        ]
+        assert plan(HALF, one, llama("b", config={"layer_types": kinds})).notes == ()
+        sliced = "{merge_method: linear, parameters: {weight: 1}, slices: [{sources: [%s, %s]}]}"
+        met = sliced % ("{model: a, layer_range: [0, 2]}", "{model: b, layer_range: [2, 4]}")
+        (note,) = (note for note in plan(met, one, other).notes if note.startswith("layer_types"))
+        assert note.startswith("layer_types says of the layers 3 of 'b'")
 
 
 @dataclass(frozen=True)
@@ -388,6 +449,11 @@ def test_a_result_can_be_merged_again() -> None:
     source = target.sources[target.tensors[0].operands[0].source]
     assert (source.reference, source.checkpoint) == ("both", Path("/job/stages/both"))
     assert {tensor.dtype for tensor in target.tensors} == {"BF16"}
+
+
+def test_the_tokenizer_of_a_result_is_its_own() -> None:
+    # It may have another chat template, and it lasts no longer or shorter than the result.
+    assert plan(HALF, A, B).as_member("both", Path("/job/both")).tokenizer == Path("/job/both")
 
 
 def test_files_are_planned_with_every_tensor_once() -> None:

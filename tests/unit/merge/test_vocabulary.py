@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from aidocks.errors import CorruptCheckpoint, IncompatibleModels, InvalidSpec
-from aidocks.models.tokenizer_files import choose_chat_template, read_tokenizer, write_tokenizer
 from aidocks.merge.vocabulary import VocabularyPlan, WriteVocabulary, plan_vocabulary
+from aidocks.models.tokenizer_files import choose_chat_template, read_tokenizer, write_tokenizer
 from aidocks.plan import UnitContext
 from aidocks.specs.merge_config import MergeConfig
 

@@ -256,6 +256,7 @@ def test_without_an_evaluation_nothing_is_checked_or_measured(
     built = build(paths[0], experts_of(*paths), evaluate=False)
     kinds = {type(unit).__name__ for unit in built.units}
     assert kinds == {
+        "NoteInputs",
         "ComputeGates",
         "AssembleShard",
         "WriteBesideWeights",

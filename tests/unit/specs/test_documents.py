@@ -64,3 +64,27 @@ def test_the_line_of_a_mistake_counts_from_the_beginning_of_the_text(text: str) 
     with pytest.raises(InvalidSpec) as refused:
         parse_yaml(text)
     assert "line 4" in refused.value.message
+
+
+@pytest.mark.parametrize("text", ["? [a, b]\n: c\n", "{a: b}: c\n", "a: 1\n? {b: c}\n: d\n"])
+def test_keys_that_are_no_text_are_refused(text: str) -> None:
+    with pytest.raises(InvalidSpec, match="a key is a list or a mapping") as refused:
+        parse_yaml(text)
+    assert "line" in refused.value.message
+
+
+def test_aliases_may_repeat_but_not_explode() -> None:
+    repeated = parse_yaml("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n")
+    assert repeated == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}
+    lines = ["a0: &a0 [" + ", ".join("0" * 9) + "]"]
+    lines += [f"a{n}: &a{n} [" + ", ".join([f"*a{n - 1}"] * 9) + "]" for n in range(1, 30)]
+    for text in ("\n".join(lines), "a: &a [*a]", "a: &a {b: *a}"):
+        with pytest.raises(InvalidSpec, match="more than 100,000 values") as refused:
+            parse_yaml(text)
+        assert "aliases" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!timestamp x", '!!int ""', "!!map 3", "[" * 5000])
+def test_values_that_no_document_can_have_are_refused(value: str) -> None:
+    with pytest.raises(InvalidSpec, match="The YAML is not valid"):
+        parse_yaml(f"a: {value}")

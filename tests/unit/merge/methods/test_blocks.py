@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from aidocks.errors import CorruptCheckpoint, InvalidSpec
 from aidocks.merge import order
 from aidocks.merge.in_memory import merge_tensors
-from aidocks.merge.inputs import Block, Inputs, Merged
+from aidocks.merge.inputs import Block, Inputs, Merged, finite_blocks
 from aidocks.merge.method import Method, find_method, known_methods
 from aidocks.merge.random import random_words
 from aidocks.merge.rows import MemoryRows
@@ -202,3 +203,39 @@ def test_methods_may_overwrite_their_blocks() -> None:
     merged: Merged = Inputs("w", rows, 0).map(spoil)
     assert not torch.cat(list(merged)).any()
     assert all(torch.equal(each.tensor, old) for each, old in zip(rows, before, strict=True))
+
+
+class Counted:
+    """Random rows; each reading counts what is held in float64 meanwhile."""
+
+    label = "x"
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+        self.most = 0
+
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        held = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.float64]
+        self.most = max(self.most, sum(tensor.numel() for tensor in held))
+        return torch.full((end - begin, self.shape[-1]), 0.5)
+
+
+@pytest.mark.parametrize("shape", [(800, 64), (100, 8, 64)])
+def test_vectors_along_the_first_axis_are_added_up_and_not_kept(shape: tuple[int, ...]) -> None:
+    rows = Counted(*shape), Counted(*shape)
+    inputs = Inputs("x", rows, block_values=512)
+    settings = {"weight": (1.0, 1.0), "nuslerp_flatten": False, "nuslerp_row_wise": True}
+    for _ in find_method("nuslerp").apply(inputs, settings):
+        pass
+    vectors = 800 * 64 // shape[0]
+    assert rows[1].most <= 16 * (vectors + 512)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stored_blocks_are_looked_at(dtype: torch.dtype) -> None:
+    values = torch.randn(700, 600).mul(6e4).clamp(-6e4, 6e4).to(dtype)  # whose sum float16 does not hold
+    rows = MemoryRows("w of a", values)
+    assert torch.equal(torch.cat([block.clone() for block in finite_blocks(rows)]), values)
+    values[699, 3] = torch.inf
+    with pytest.raises(CorruptCheckpoint, match="w of a contains values that are not finite"):
+        list(finite_blocks(rows))

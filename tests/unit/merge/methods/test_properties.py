@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from aidocks.errors import CorruptCheckpoint, IncompatibleModels, InvalidSpec
 from aidocks.merge.in_memory import merge_tensors
 from aidocks.merge.method import known_methods
+from aidocks.merge.random import stage_seed
 
 few = settings(max_examples=20, deadline=None)
 
@@ -199,13 +200,38 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"weight": True}, "parameters.weight[0]", "a number"),
         ({"weight": math.nan}, "parameters.weight[0]", "a number"),
         ({"weight": 1, "density": 1.5}, "parameters.density[0]", "from 0 to 1"),
-        ({"weight": 1, "normalize": 1}, "parameters.normalize", "true or false"),
+        ({"weight": 1, "normalize": 2}, "parameters.normalize", "true or false"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused(parameters: dict[str, Any], field: str, says: str) -> None:
     with pytest.raises(InvalidSpec, match=says) as error:
         merge_tensors("ties", random(3), 0, parameters)
     assert error.value.field == field
+
+
+def test_parameters_are_read_as_a_request_s_are() -> None:
+    x = random(5, 7)
+    said = merge_tensors("ties", x, 0, {"weight": "5e-1", "normalize": "no"})
+    assert torch.equal(said, merge_tensors("ties", x, 0, {"weight": 0.5, "normalize": False}))
+
+
+def test_the_function_is_there_for_users() -> None:
+    import aidocks.merge
+
+    assert aidocks.merge.merge_tensors is merge_tensors
+    with pytest.raises(AttributeError, match="no attribute 'merge_tensor'"):
+        _ = aidocks.merge.merge_tensor  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_stages_of_a_merge_draw_numbers_of_their_own(method: str) -> None:
+    base, model = torch.zeros(200, 200), torch.ones(200, 200)
+    settings = {"weight": 1, "density": 0.5, "rescale": False}
+    seeds = [stage_seed(7, name) for name in ("first", "second", "")]
+    assert seeds[2] == 7
+    for seed in seeds:
+        model = merge_tensors(method, [base, model], 0, settings, seed=seed)
+    assert float(model.mean()) == pytest.approx(0.125, abs=0.01)
 
 
 def test_ignored_parameters_change_nothing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,8 +11,10 @@ from aidocks.checkpoints.files import OutputFile, write_text
 from aidocks.checkpoints.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.writer import ShardPlan, ShardWriter, TensorPlan
-from aidocks.errors import CorruptCheckpoint
-from aidocks.models.tokenizer_files import TokenizerFiles, write_tokenizer
+from aidocks.merge.inputs import Block, Inputs, finite_blocks
+from aidocks.merge.names import own_tensor
+from aidocks.merge.rows import StoredRows
+from aidocks.models.tokenizer_files import TokenizerFiles, json_text, write_tokenizer
 from aidocks.plan import Unit, UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.extract_lora import Decomposition, ExtractedMatrix
 
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from aidocks.merge.low_rank import LowRank
-
-_BLOCK_ROWS = 4096
+    from aidocks.merge.extraction.low_rank import LowRank
 
 
 class MatrixFactors(BaseModel):
@@ -74,45 +73,54 @@ class ExtractMatrix(Unit[MatrixFactors]):
     def run(self, context: UnitContext) -> MatrixFactors:
         from aidocks.checkpoints.dtypes import to_torch
         from aidocks.laser.spectrum import one_thread
-        from aidocks.merge.low_rank import decompose
+        from aidocks.merge.extraction.low_rank import decompose
 
-        base, model = (self._read(path, context) for path in (self.base, self.model))
-        size = float(base.norm())
-        d_OI = model.sub_(base)
-        if self.is_transposed:
-            d_OI = d_OI.mT
+        inputs = _both_models(self.tensor, self.base, self.model, context)
+        d_OI, size, difference = self._difference(inputs)
         with one_thread(context.device):
             found = decompose(
                 d_OI, self.rank, energy=self.energy, method=self.method, seed=self.seed, name=self.tensor
             )
+        del d_OI  # before more is computed: matrices are large
         root = self.scale**-0.5
         dtype = to_torch(self.dtype)
         b_OK, a_KI = ((factor * root).to(dtype) for factor in (found.b_OK, found.a_KI))
-        product = (b_OK.to(d_OI.dtype) @ a_KI.to(d_OI.dtype)) * self.scale
-        difference, left = float(d_OI.norm()), float((d_OI - product).norm())
         row = ExtractedMatrix(
             tensor=self.tensor,
             rank=found.rank,
             full_rank=min(self.shape),
             difference=difference,
             relative_difference=difference / size if size else 0.0,
-            error=left / difference if difference else 0.0,
+            error=self._left(inputs, b_OK, a_KI) / difference if difference else 0.0,
             energy=found.energy,
         )
         return MatrixFactors(row=row, file=self._write(found, a_KI, b_OK))
 
-    def _read(self, directory: Path, context: UnitContext) -> torch.Tensor:
-        """Return the matrix in float64, a copy."""
+    def _difference(self, inputs: Inputs) -> tuple[torch.Tensor, float, float]:
+        """Return what the model differs from the base in: float32 [O, I]; and the norms of the base and of that."""
         import torch
 
-        checkpoint = context.keep("checkpoint", directory, lambda: Checkpoint(directory))
-        value: torch.Tensor = checkpoint.tensor(self.tensor).to(context.device, torch.float64, copy=True)
-        if not bool(value.isfinite().all()):
-            raise CorruptCheckpoint(
-                f"{self.tensor} of {directory.name} contains values that are not finite (NaN or infinite).",
-                value=self.tensor,
-            )
-        return value
+        d = torch.empty(inputs.shape, dtype=torch.float32, device=inputs.device)
+
+        def fill(block: Block) -> torch.Tensor:
+            (delta,) = block.deltas
+            d[block.begin : block.begin + len(delta)] = delta
+            return torch.stack([block.base.square().sum(), delta.square().sum()])
+
+        size, difference = inputs.sum(fill).sqrt().tolist()
+        return (d.mT if self.is_transposed else d), size, difference
+
+    def _left(self, inputs: Inputs, b_OK: torch.Tensor, a_KI: torch.Tensor) -> float:
+        """Return the norm of the difference less the product of the factors as they are stored."""
+        left, right = (a_KI.mT, b_OK.mT) if self.is_transposed else (b_OK, a_KI)
+        right = right.double()
+
+        def squares(block: Block) -> torch.Tensor:
+            (delta,) = block.deltas
+            product = left[block.begin : block.begin + len(delta)].double() @ right
+            return delta.sub_(product, alpha=self.scale).square_().sum()
+
+        return float(inputs.sum(squares).sqrt())
 
     def _write(self, found: LowRank, a_KI: torch.Tensor, b_OK: torch.Tensor) -> OutputFile | None:
         if found.rank == 0:
@@ -154,22 +162,25 @@ class CompareTensors(Unit[DifferentTensors]):
         return False
 
     def run(self, context: UnitContext) -> DifferentTensors:
-        checkpoints = Checkpoint(self.base), Checkpoint(self.model)
-        return DifferentTensors(names=tuple(name for name in self.tensors if not _same(name, *checkpoints)))
+        return DifferentTensors(
+            names=tuple(name for name in self.tensors if not self._is_same(name, context))
+        )
+
+    def _is_same(self, name: str, context: UnitContext) -> bool:
+        import torch
+
+        inputs = _both_models(name, self.base, self.model, context)
+        return all(inputs.walk(lambda block: torch.equal(*block.values)))
 
 
-def _same(name: str, base: Checkpoint, model: Checkpoint) -> bool:
-    import torch
+def _both_models(name: str, base: Path, model: Path, context: UnitContext) -> Inputs:
+    """Return a tensor of both models, to be walked through in float64; values that are not finite are refused."""
 
-    from aidocks.merge.rows import StoredRows, as_matrix
+    def rows(directory: Path) -> StoredRows:
+        checkpoint: Checkpoint = context.keep("checkpoint", directory, lambda: Checkpoint(directory))
+        return StoredRows(f"{name} of {directory.name}", own_tensor(checkpoint.entries, name))
 
-    one, other = (StoredRows(name, checkpoint.entries[name]) for checkpoint in (base, model))
-    height, _ = as_matrix(one.shape)
-    return all(
-        torch.equal(one.read(begin, end).double(), other.read(begin, end).double())
-        for begin in range(0, height, _BLOCK_ROWS)
-        for end in (min(begin + _BLOCK_ROWS, height),)
-    )
+    return Inputs(name, (rows(base), rows(model)), 0, "float64", context.device, context.threads)
 
 
 class WriteAdapter(WritingUnit):
@@ -204,16 +215,18 @@ class WriteAdapter(WritingUnit):
             for which, entry in read_header(file.path)[0].items()
         }
         shapes = {name: entry.shape for name, entry in copied.items()}
-        shapes |= {key: model.entries[tensor].shape for key, tensor in self.saved.items()}
+        shapes |= {key: own_tensor(model.entries, tensor).shape for key, tensor in self.saved.items()}
         tensors = tuple(TensorPlan(name=n, dtype=self.dtype, shape=s) for n, s in sorted(shapes.items()))
         with ShardWriter(self.directory, ShardPlan(file_name=ADAPTER_FILE, tensors=tensors)) as writer:
             for plan in tensors:
                 if plan.name in copied:
                     writer.copy(plan.name, copied[plan.name])
                 else:
-                    whole = model.tensor(self.saved[plan.name])
-                    writer.write(plan.name, whole.to(to_torch(self.dtype)))
-        config = write_text(self.directory / ADAPTER_CONFIG_FILE, json.dumps(self.config, indent=2) + "\n")
+                    entry = own_tensor(model.entries, self.saved[plan.name])
+                    whole = StoredRows(f"{entry.name} of {self.model.name}", entry)
+                    dtype = to_torch(self.dtype)
+                    writer.write_blocks(plan.name, (block.to(dtype) for block in finite_blocks(whole)))
+        config = write_text(self.directory / ADAPTER_CONFIG_FILE, json_text(self.config))
         beside: tuple[OutputFile, ...] = ()
         if self.tokenizer is not None:
             beside = write_tokenizer(TokenizerFiles(source=self.tokenizer), self.directory)

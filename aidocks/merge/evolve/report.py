@@ -10,16 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import write_bytes, write_text
 from aidocks.evaluate.comparison import shown
-from aidocks.evaluate.measurements import Pairs
 from aidocks.evaluate.objectives import ObjectiveSource
+from aidocks.evaluate.scores import part_score
 from aidocks.laser.ledger import loss_unit, part_title, with_error, written_value, written_z
-from aidocks.merge.evolution import Findings, Trial
-from aidocks.merge.genome import Variable, place_text
+from aidocks.merge.evolve.evolution import Findings, Trial
 from aidocks.models.manifest import Section, Table
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
-from aidocks.specs.laser_result import PartScore, ScoredPart
 from aidocks.specs.merge_evolve_result import FoundValue, InputScores, MergeEvolveResult
 from aidocks.specs.objective import Metric
+from aidocks.specs.part_score import PartScore, ScoredPart
+from aidocks.specs.search_space import Variable, place_text
 
 #: Rows of a table on the model card, at most; the ledger has all.
 _MOST_ROWS = 40
@@ -84,30 +84,13 @@ def _decision(trial: Trial, findings: Findings) -> str:
     if trial.losses.fault is not None:
         return f"cannot be merged: {trial.losses.fault}"
     if not trial.is_sound:
+        if trial.pairs[0].comparison.delta is None:
+            return "gives losses that are not finite"
         is_whole = len(trial.pairs[0].positions) == len(findings.trials[0].losses.losses[0].positions)
         return "breaks a guard" if is_whole else "not measured to the end: much worse than the start"
     if trial.values == findings.values:
         return "the result"
     return "best found, not accepted" if trial.values == findings.found else "measured"
-
-
-def part_score(source: ObjectiveSource, part: ScoredPart, pairs: Pairs) -> PartScore:
-    """Return the score of two states of a model on one part of one objective's data."""
-    change, before, after = pairs.comparison, pairs.value_before, pairs.value_after
-    return PartScore(
-        metric=source.metric,
-        data=source.text.name,
-        part=part,
-        before=before.value,
-        before_standard_error=before.standard_error,
-        after=after.value,
-        after_standard_error=after.standard_error,
-        delta=change.delta,
-        delta_standard_error=change.standard_error,
-        z=change.z,
-        items=len(pairs.positions),
-        tokens=pairs.tokens,
-    )
 
 
 def scores_of(
@@ -168,7 +151,7 @@ class WriteEvolution(WritingUnit):
 
     def run(self, context: UnitContext) -> WrittenFiles:
         from aidocks.laser.figures import draw_before_after
-        from aidocks.merge.evolve_figures import draw_evolution
+        from aidocks.merge.evolve.figures import draw_evolution
 
         folder = self.directory / "report"
         told = self.result.model_dump(

@@ -6,7 +6,7 @@ held-out data -> write the merge that was confirmed, with the ledger of all.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,9 +17,10 @@ from aidocks.errors import IncompatibleModels
 from aidocks.evaluate.objectives import ObjectiveSource, resolve_objective, size_objective
 from aidocks.evaluate.texts import require_context
 from aidocks.merge.build import MergeBuild
-from aidocks.merge.candidates import Candidates
-from aidocks.merge.evolution import Evolution, Findings
-from aidocks.merge.evolve_report import (
+from aidocks.merge.evolve.candidates import Candidates
+from aidocks.merge.evolve.evolution import Evolution, Findings
+from aidocks.merge.evolve.genome import checked_genome
+from aidocks.merge.evolve.report import (
     WriteEvolution,
     found_values,
     input_scores,
@@ -27,6 +28,7 @@ from aidocks.merge.evolve_report import (
     scores_of,
     sections,
 )
+from aidocks.models.converting import ConvertPickles, conversions
 from aidocks.models.hub import fetch_missing, require_token
 from aidocks.models.names import derive_name
 from aidocks.models.publication import Staged, find_published, publish, upload
@@ -35,6 +37,7 @@ from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.merge_evolve import MergeEvolveSpec
 from aidocks.specs.merge_evolve_result import MergeEvolveResult
 from aidocks.specs.merge_result import MergeResult
+from aidocks.specs.merge_settings import split_reference
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
@@ -46,7 +49,7 @@ class MergeEvolve(Operation[MergeEvolveSpec, MergeEvolveResult]):
     result_type: ClassVar[type[OperationResult]] = MergeEvolveResult
 
     def output_name(self, spec: MergeEvolveSpec, job_id: str) -> str:
-        first = next(reference for _, reference in spec.references())
+        first, _ = split_reference(next(reference for _, reference in spec.references()))
         return spec.name or derive_name(first, f"{spec.merge_method.replace('_', '-')}-evolved", job_id)
 
     def inputs(self, spec: MergeEvolveSpec) -> dict[str, str]:
@@ -54,56 +57,86 @@ class MergeEvolve(Operation[MergeEvolveSpec, MergeEvolveResult]):
 
     def preflight(self, spec: MergeEvolveSpec, context: PlanContext) -> None:
         parse_size(spec.max_shard_size)
+        checked_genome(spec)
         objectives = _resolve(spec, context)
         if spec.publish:
             require_token()
-        references = self.inputs(spec).items()
-        if not [r for f, r in references if context.resolver.needs_download(r, field=f)]:
-            build = _start(spec, context)
+        references = self.inputs(spec)
+        if any(context.resolver.needs_download(r, field=field) for field, r in references.items()):
+            return
+        converted, units = _conversions(references, context)
+        if not units:
+            build = _start(spec, context, converted)
             _size(spec, objectives, build.last.target.tokenizer)
-            # Twice: the merge that the search begins with stays until the result is written.
-            build.require_space(kept=-sum(file.nbytes for file in build.last.files))
+            _require_space(build)
 
     def plan(self, spec: MergeEvolveSpec, context: PlanContext) -> Plan[MergeEvolveResult]:
         name = self.output_name(spec, context.job_id)
         result = find_published(name, MergeEvolveResult, context)
         if result is None:
-            yield from fetch_missing(self.inputs(spec).values(), context)
-            result = yield from _make(spec, name, context)
-        # Not before: what is published does not name the directories of this machine.
+            references = self.inputs(spec)
+            fetched = yield from fetch_missing(references.values(), context)
+            converted, units = _conversions(references, context)
+            if units:
+                yield Stage("convert", units)
+            start = _start(spec, context, converted)
+            if fetched or units:
+                # Before that, the preflight could not know how much it would be.
+                _require_space(start)
+            result = yield from _make(spec, name, start, context, converted)
+        # Not before: a merge that can be run again here names directories of this machine, and what is published does
+        # not.
         merge = spec.merge(tuple(value.value for value in result.values))
         result = result.model_copy(update={"config": merge.as_yaml()})
         return (yield from upload(result, spec))
 
 
-def _make(spec: MergeEvolveSpec, name: str, context: PlanContext) -> Plan[MergeEvolveResult]:
-    genome = spec.genome
-    start = _start(spec, context)
-    merged = yield from start.run(name, spec.merge(genome.initial).as_yaml())
+def _make(
+    spec: MergeEvolveSpec,
+    name: str,
+    start: MergeBuild,
+    context: PlanContext,
+    converted: Mapping[str, Path],
+) -> Plan[MergeEvolveResult]:
+    genome = checked_genome(spec)
+    merged = yield from start.run(name)
     objectives = _size(spec, _resolve(spec, context), start.last.directory)
-    context.say(
-        f"Searching {len(genome.variables)} values by {objectives[0].label}: {spec.size} candidates a generation."
-    )
     mapping = yield from _map_vocabulary(start, context)
-    candidates = Candidates(spec, start.last, mapping)
-    findings = yield from Evolution(spec, genome, objectives, candidates, context.say).run()
+    search = Evolution(spec, genome, objectives, Candidates(spec, start.last, mapping), context.say)
+    context.say(
+        f"Searching {len(genome.variables)} values by {objectives[0].label}: {search.size} candidates a generation."
+    )
+    findings = yield from search.run()
     build = start
     if findings.accepted:
-        build = MergeBuild(spec.merge(findings.values), context)
-        merged = yield from build.run(name, spec.merge(findings.values).as_yaml())
+        build = MergeBuild(spec.merge(findings.values), context, converted)
+        merged = yield from build.run(name)
     result = _result(spec, objectives, findings, merged)
     staged, result = yield from _report(build.finished(merged), result, objectives, findings)
     return publish(staged, "merge-evolve", spec, result, context)
 
 
-def _start(spec: MergeEvolveSpec, context: PlanContext) -> MergeBuild:
+def _conversions(
+    references: Mapping[str, str], context: PlanContext
+) -> tuple[dict[str, Path], tuple[ConvertPickles, ...]]:
+    """Return where models that are stored as PyTorch files will lie, and the units that write them."""
+    models = {field: name for field, name in references.items() if not field.endswith(".lora")}
+    return conversions(models, context.resolver, context.workspace)
+
+
+def _require_space(start: MergeBuild) -> None:
+    """Raise InsufficientDisk for too little room: the merge that the search begins with stays until the end."""
+    start.require_space(kept=-sum(file.nbytes for file in start.last.files))
+
+
+def _start(spec: MergeEvolveSpec, context: PlanContext, converted: Mapping[str, Path]) -> MergeBuild:
     """Return the merge with the initial values, which all others are measured in the place of.
 
     Raises:
         AIDocksError: Whatever is wrong with the request or its models.
     """
     inside = replace(context, workspace=context.workspace / "start")
-    build = MergeBuild(spec.merge(spec.genome.initial), inside)
+    build = MergeBuild(spec.merge(checked_genome(spec).initial), inside, converted)
     target, first = build.last.target, next(iter(build.last.members))
     if not target.class_name.endswith(_CAUSAL):
         raise IncompatibleModels(
@@ -166,7 +199,7 @@ def _result(
         model=merged.model,
         accepted=findings.accepted,
         objection=findings.objection,
-        values=found_values(spec.genome.variables, findings),
+        values=found_values(checked_genome(spec).variables, findings),
         **scores,
         guards=guards,
         inputs=input_scores(findings, objectives[0]),

@@ -9,11 +9,12 @@ from typing import Any
 from aidocks.checkpoints.files import OutputFile
 from aidocks.evaluate.objectives import ObjectiveSource, Part
 from aidocks.merge.build import Step
-from aidocks.merge.genome import Number
-from aidocks.merge.measure_merge import MeasureMerge
+from aidocks.merge.evolve.measuring import MeasureMerge
+from aidocks.merge.members import Member
 from aidocks.merge.recipe import Operand, TensorMerge
 from aidocks.merge.target import Target, plan_target
 from aidocks.specs.merge_evolve import MergeEvolveSpec
+from aidocks.specs.search_space import Number
 
 _NUMBERED = re.compile(r"\.\d+\.")
 
@@ -66,17 +67,18 @@ class Candidates:
 
     def _copies(self, source: int) -> list[TensorMerge] | None:
         """Return recipes that copy every tensor from one model; None where that is not the model."""
+        member = next(
+            m for m in self._start.members.values() if m.source == self._start.target.sources[source]
+        )
         copies: list[TensorMerge] = []
         for tensor in self._tensors.values():
             own = next((operand for operand in tensor.operands if operand.source == source), None)
-            if own is None or tensor.vocabulary is not None or not _same_place(own, tensor):
+            if own is None or tensor.vocabulary is not None or not _same_place(own, tensor, member):
                 return None
             copied: dict[str, Any] = {"operands": (own,), "base": None, "method": None, "values": {}}
             copies.append(tensor.model_copy(update=copied))
-        members = {member.source: member for member in self._start.members.values()}
-        stored = members[self._start.target.sources[source]].tensors
         used = {tensor.operands[0].tensor for tensor in copies}
-        return copies if {name for name in stored if _NUMBERED.search(name)} <= used else None
+        return copies if {name for name in member.tensors if _NUMBERED.search(name)} <= used else None
 
     def _has(self, tensor: TensorMerge) -> bool:
         """Say whether the loaded merge has the tensor as it is to be."""
@@ -111,6 +113,6 @@ class Candidates:
         )
 
 
-def _same_place(operand: Operand, tensor: TensorMerge) -> bool:
+def _same_place(operand: Operand, tensor: TensorMerge, member: Member) -> bool:
     """Say whether a tensor comes from the same layer; a head may come from an embedding that it is tied to."""
-    return operand.tensor == tensor.name or not _NUMBERED.search(operand.tensor)
+    return operand.tensor == member.own_name(tensor.name) or not _NUMBERED.search(operand.tensor)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from aidocks.laser.ledger import loss_unit
-from aidocks.merge.evolve_report import EvolutionLine
+from aidocks.merge.evolve.report import EvolutionLine
 from aidocks.picture import png
 from aidocks.specs.merge_evolve_result import FoundValue
 from aidocks.specs.objective import Metric

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from aidocks.checkpoints.dtypes import DTYPE_BITS
+from aidocks.checkpoints.header import TensorEntry
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import IncompatibleModels, InvalidSpec
 from aidocks.laser.matrices import Matrix, find_matrices
-from aidocks.merge.extract_units import ExtractMatrix, MatrixFactors
+from aidocks.merge.extraction.units import ExtractMatrix, MatrixFactors
+from aidocks.merge.names import spell_alike, without_computed
 from aidocks.merge.vocabulary import EMBEDDINGS
 from aidocks.specs.extract_lora import ExtractLoraSpec
 from aidocks.specs.patterns import compile_pattern
@@ -25,6 +27,8 @@ _TRANSPOSED = frozenset({"gpt2", "imagegpt", "openai-gpt"})
 #: In memory, experts are one tensor and routers no linear layers: LoRA of PEFT has no factors for them.
 _NOT_LINEAR = re.compile(r"experts?\b|router|(^|\.)gate\.weight$|shared_expert_gate")
 _HEAD = "lm_head.weight"
+#: What PEFT calls an adapter without factors; it takes an empty list for a mistake.
+_NO_TARGETS = "dummy-target-modules"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Extraction:
     Attributes:
         spec: The request.
         base, model: The models.
+        tensors: The model's by the names that both models have, but for those that its configuration gives.
         matrices: Those that get factors.
         whole: Other floating-point tensors, which can be stored whole.
         resized: Of these, those that have another number of rows, and those that only the model has.
@@ -42,6 +47,7 @@ class Extraction:
     spec: ExtractLoraSpec
     base: Checkpoint
     model: Checkpoint
+    tensors: Mapping[str, TensorEntry]
     matrices: tuple[Matrix, ...]
     whole: tuple[str, ...]
     resized: tuple[str, ...]
@@ -52,7 +58,7 @@ class Extraction:
         if self.spec.dtype is not None:
             return _STORED[self.spec.dtype]
         sizes: Counter[str] = Counter()
-        for entry in self.model.entries.values():
+        for entry in self.tensors.values():
             sizes[entry.dtype] += entry.nbytes
         found = sizes.most_common(1)[0][0]
         return found if found in _STORED.values() else "F32"
@@ -66,7 +72,7 @@ class Extraction:
     def nbytes(self) -> int:
         """Bytes of the adapter, and of what is written on the way to it, at most."""
         values = sum(min(self.spec.rank, m.full_rank) * sum(m.shape) for m in self.matrices)
-        saved = sum(self.model.entries[name].numel for name in self.whole)
+        saved = sum(self.tensors[name].numel for name in self.whole)
         return (2 * values + 2 * saved) * DTYPE_BITS[self.dtype] // 8
 
     def units(self, directory: Path) -> tuple[ExtractMatrix, ...]:
@@ -96,22 +102,23 @@ class Extraction:
     @property
     def shares_head(self) -> bool:
         """Whether the head is the embedding."""
-        return _HEAD not in self.model.entries
+        return _HEAD not in self.tensors
 
     @property
     def _embedding(self) -> str:
-        return next((name for name in self.model.entries if name.endswith(EMBEDDINGS)), "")
+        return next((name for name in self.tensors if name.endswith(EMBEDDINGS)), "")
 
     def choose_saved(
-        self, different: Collection[str]
+        self, different: Collection[str], found: Sequence[MatrixFactors]
     ) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
         """Return what is stored whole (name in the adapter -> tensor), the modules that it makes up, and what is lost.
 
         Args:
             different: Of ``whole``, those that are not the same in both models.
+            found: The factors of all matrices.
         """
         wanted = [name for name in self.whole if name in different or name in self.resized]
-        targets = {matrix.name.removesuffix(".weight") for matrix in self.matrices}
+        targets = _ranks(found)
         saved: dict[str, str] = {}
         modules: list[str] = []
         lost: list[str] = []
@@ -124,7 +131,7 @@ class Extraction:
             elif part in ("weight", "bias"):
                 modules.append(module)
                 # All of a module, or PEFT misses the rest.
-                both = [n for n in (f"{module}.weight", f"{module}.bias") if n in self.model.entries]
+                both = [n for n in (f"{module}.weight", f"{module}.bias") if n in self.tensors]
                 saved |= {f"base_model.model.{one}": one for one in both}
             else:
                 lost.append(name)
@@ -141,8 +148,8 @@ class Extraction:
             modules: That are stored whole.
             biases: Whether biases of linear layers are stored.
         """
-        ranks = {f.row.tensor.removesuffix(".weight"): f.row.rank for f in found if f.row.rank}
-        rank = max(ranks.values())
+        ranks = _ranks(found)
+        rank = max(ranks.values(), default=self.spec.rank)
         others = {module: r for module, r in ranks.items() if r != rank}
         reference = self.spec.base_model
         return {
@@ -156,7 +163,7 @@ class Extraction:
             "lora_alpha": _number(self.scale * rank),
             "rank_pattern": others,
             "alpha_pattern": {module: _number(self.scale * r) for module, r in others.items()},
-            "target_modules": self._targets(ranks),
+            "target_modules": self._targets(ranks) or _NO_TARGETS,
             "modules_to_save": list(modules) or None,
             "ensure_weight_tying": self.shares_head and self._embedding.removesuffix(".weight") in modules,
             "bias": "all" if biases else "none",
@@ -171,7 +178,7 @@ class Extraction:
     def _targets(self, ranks: Mapping[str, int]) -> list[str]:
         """Return the modules that have factors: by their last names where all of that name have, else in full."""
         named: dict[str, list[str]] = {}
-        for matrix in find_matrices(self.model.entries, all_weights=True):
+        for matrix in find_matrices(self.tensors, all_weights=True):
             module = matrix.name.removesuffix(".weight")
             named.setdefault(module.rpartition(".")[2], []).append(module)
         short = {last for last, all_of in named.items() if all(module in ranks for module in all_of)}
@@ -189,37 +196,45 @@ def plan_extraction(spec: ExtractLoraSpec, base: Checkpoint, model: Checkpoint) 
     kinds = base.config.get("model_type"), model.config.get("model_type")
     if kinds[0] != kinds[1]:
         raise _refuse(spec, f"its model_type is {kinds[1]!r}, the base's {kinds[0]!r}")
-    chosen = {name for name in {*model.entries, *base.entries} if _is_chosen(name, spec)}
-    wide = {m.name for m in find_matrices(model.entries, all_weights=True) if m.layer is None}
-    _require_same_shapes(spec, base, model, wide)
+    base_tensors, tensors = _named_alike(base, model)
+    chosen = {name for name in {*tensors, *base_tensors} if _is_chosen(name, spec)}
+    wide = {m.name for m in find_matrices(tensors, all_weights=True) if m.layer is None}
+    _require_same_shapes(spec, base_tensors, tensors, wide)
     matrices = tuple(
         m
-        for m in find_matrices(base.entries)
+        for m in find_matrices(base_tensors)
         if m.name in chosen and m.expert is None and not _NOT_LINEAR.search(m.name)
     )
-    if not matrices:
-        raise InvalidSpec(
-            f"{spec.base_model!r} has no matrix of a linear layer"
-            + (" that `include` and `exclude` leave." if spec.include or spec.exclude else "."),
-            field="include" if spec.include else "exclude" if spec.exclude else "base_model",
-            value=list(spec.include or spec.exclude) or spec.base_model,
-            hint="Expressions are searched for in full names, such as model.layers.0.mlp.up_proj.weight.",
-        )
     named = {matrix.name for matrix in matrices}
     whole = tuple(
         name
-        for name, entry in model.entries.items()
+        for name, entry in tensors.items()
         if name in chosen
         and name not in named
         and entry.dtype in ("F64", "F32", "F16", "BF16")
         and (spec.embeddings == "save" or name not in wide)
     )
+    if not matrices and not whole:
+        raise InvalidSpec(
+            f"{spec.base_model!r} has no tensor that `include` and `exclude` leave.",
+            field="include" if spec.include else "exclude",
+            value=list(spec.include or spec.exclude),
+            hint="Expressions are searched for in full names, such as model.layers.0.mlp.up_proj.weight.",
+        )
     resized = tuple(
-        name
-        for name in whole
-        if name not in base.entries or base.entries[name].shape != model.entries[name].shape
+        name for name in whole if name not in base_tensors or base_tensors[name].shape != tensors[name].shape
     )
-    return Extraction(spec, base, model, matrices, whole, resized)
+    return Extraction(spec, base, model, tensors, matrices, whole, resized)
+
+
+def _named_alike(*models: Checkpoint) -> list[dict[str, TensorEntry]]:
+    """Return the tensors of models by the names that all of them have."""
+    stored = [without_computed(model.entries) for model in models]
+    own_names = [{own: name for name, own in spelled.items()} for spelled in spell_alike(stored)]
+    return [
+        {names.get(own, own): entry for own, entry in tensors.items()}
+        for tensors, names in zip(stored, own_names, strict=True)
+    ]
 
 
 def _is_chosen(name: str, spec: ExtractLoraSpec) -> bool:
@@ -228,17 +243,20 @@ def _is_chosen(name: str, spec: ExtractLoraSpec) -> bool:
 
 
 def _require_same_shapes(
-    spec: ExtractLoraSpec, base: Checkpoint, model: Checkpoint, wide: Collection[str]
+    spec: ExtractLoraSpec,
+    base: Mapping[str, TensorEntry],
+    model: Mapping[str, TensorEntry],
+    wide: Collection[str],
 ) -> None:
-    for name, entry in base.entries.items():
-        found = model.entries.get(name)
+    for name, entry in base.items():
+        found = model.get(name)
         if found is None:
             if name == _HEAD:
                 continue  # the model uses its embedding
             raise _refuse(spec, f"it has no tensor {name}")
         if found.shape != entry.shape and (name not in wide or found.shape[1:] != entry.shape[1:]):
             raise _refuse(spec, f"{name} is {list(found.shape)}, in the base {list(entry.shape)}")
-    extra = next((name for name in model.entries if name not in base.entries and name not in wide), None)
+    extra = next((name for name in model if name not in base and name not in wide), None)
     if extra is not None:
         raise _refuse(spec, f"it has a tensor {extra}, which the base has not")
 
@@ -250,6 +268,11 @@ def _refuse(spec: ExtractLoraSpec, flaw: str) -> IncompatibleModels:
         value=spec.model,
         hint="Name a model that was fine-tuned from the base.",
     )
+
+
+def _ranks(found: Sequence[MatrixFactors]) -> dict[str, int]:
+    """Return the modules that have factors, with their ranks."""
+    return {f.row.tensor.removesuffix(".weight"): f.row.rank for f in found if f.row.rank}
 
 
 def _number(value: float) -> float | int:

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from aidocks.errors import IncompatibleModels
 from aidocks.evaluate.measurements import Pairs, normal_equivalent
 from aidocks.evaluate.objectives import ObjectiveSource, Part
 from aidocks.merge.recipe import Source, TensorMerge
@@ -94,7 +93,8 @@ class MeasureMerge(Unit[MergeLosses]):
         return float(sum(source.sizes[self.part] for source in self.objectives))
 
     def run(self, context: UnitContext) -> MergeLosses:
-        from aidocks.merge.workbench import merge_bench
+        from aidocks.errors import ValueTooLarge
+        from aidocks.merge.evolve.workbench import merge_bench
 
         bench = merge_bench(self.host, self.dtype, context)
         try:
@@ -105,9 +105,7 @@ class MeasureMerge(Unit[MergeLosses]):
                 seed=self.seed,
                 compute_dtype=self.compute_dtype,
             )
-        except IncompatibleModels as error:
-            if error.field != "out_dtype":  # what only these values made too large for the result's type
-                raise
+        except ValueTooLarge as error:  # which only these values made so
             return MergeLosses(fault=error.message)
         decisive, *guards = self.objectives
         measured = [bench.measure(decisive, self.part, start=self.start)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from aidocks.errors import IncompatibleModels, InvalidSpec
 from aidocks.evaluate.measurements import Pairs
 from aidocks.evaluate.objectives import ObjectiveSource, Part
-from aidocks.merge.genome import Genome, Number
-from aidocks.merge.measure_merge import MeasureMerge, MergeLosses
-from aidocks.merge.population import WORST, Population
+from aidocks.merge.evolve.measuring import MeasureMerge, MergeLosses
+from aidocks.merge.evolve.population import WORST, Population, default_size
 from aidocks.plan import Stage
 from aidocks.specs.merge_evolve import MergeEvolveSpec
+from aidocks.specs.search_space import Genome, Number
 
 Values = tuple[Number, ...]
 #: What breaks a guard costs more than anything that does not.
@@ -119,11 +119,16 @@ class Evolution:
     _trials: list[Trial] = field(default_factory=list)
     _spreads: list[float] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        """Candidates of a generation."""
+        return self.spec.population or default_size(len(self.genome.variables))
+
     def run(self) -> Generator[Stage, list[Any], Findings]:
         """Yield the stages of the search and return its findings."""
         initial = self.genome.initial
         (start,) = yield Stage("start", (self._unit(initial, "search", "the initial values"),))
-        if not math.isfinite(_mean(start)):
+        if any(loss is None for measured in start.losses for loss in measured.losses):
             raise IncompatibleModels(
                 "The merge with the initial values gives losses that are not finite.",
                 field="search",
@@ -131,8 +136,8 @@ class Evolution:
             )
         self._trials.append(self._trial(0, "start", initial, start))
         population = Population(
-            self.genome.shares(self.genome.initial),
-            size=self.spec.size,
+            self.genome.shares(initial),
+            size=self.size,
             step=self.spec.step,
             seed=self.spec.seed,
         )
@@ -178,10 +183,8 @@ class Evolution:
     def _prove(self, population: Population, stopped: str) -> Generator[Stage, list[Any], Findings]:
         """Measure the best candidate and the distribution's centre on data that no choice has seen."""
         start = self._trials[0]
-        yield from self._measure_centre(self.genome.values(population.mean))
-        finalists = dict.fromkeys((self._best.values, self._trials[-1].values))
-        finalists.pop(start.values, None)
-        merges = (start.values, *finalists)
+        centre = yield from self._measure_centre(self.genome.values(population.mean))
+        merges = {trial.values: trial for trial in (start, self._best, centre) if trial and trial.is_sound}
         units = [self._unit(values, "held_out", "start and finalists on held-out data") for values in merges]
         alone = self.merges.alone(self.objectives[:1], "held_out")
         measured = yield Stage("verify", (*units, *alone.values()))
@@ -191,7 +194,7 @@ class Evolution:
         result = start.values if objection else found
         report = yield from self._figures(result)
         parts: dict[Part, tuple[MergeLosses, MergeLosses]] = {
-            "search": (start.losses, self._losses_of(result)),
+            "search": (start.losses, merges[result].losses),
             "held_out": (held_out[start.values], held_out[result]),
             "report": report[0],
         }
@@ -207,6 +210,7 @@ class Evolution:
                     "report": compare(report[1][reference], report[0][1])[0],
                 }
                 for reference, losses in inputs.items()
+                if losses.fault is None  # alone, its numbers may be too large for the result's type
             },
             spreads=tuple(self._spreads),
             stopped_because=stopped,
@@ -214,14 +218,20 @@ class Evolution:
         self._conclude(findings)
         return findings
 
-    def _measure_centre(self, centre: Values) -> Generator[Stage, list[Any], None]:
-        """Measure the distribution's centre, which is often better than anything drawn around it."""
+    def _measure_centre(self, centre: Values) -> Generator[Stage, list[Any], Trial | None]:
+        """Measure the distribution's centre, which is often better than anything drawn around it.
+
+        Returns:
+            None where there is no merge with its values.
+        """
         try:
             unit = self._unit(centre, "search", "the centre of the distribution")
         except InvalidSpec:
-            return
+            return None
         (losses,) = yield Stage("centre", (unit,))
-        self._trials.append(self._trial(0, "centre", centre, losses))
+        trial = self._trial(0, "centre", centre, losses)
+        self._trials.append(trial)
+        return trial
 
     def _judge(self, held_out: Mapping[Values, MergeLosses]) -> tuple[Values, str | None]:
         """Return the best of the finalists on held-out data, and what speaks against it."""
@@ -262,10 +272,6 @@ class Evolution:
         known = dict(zip(merges, measured, strict=False))
         return (known[start], known[result]), dict(zip(alone, measured[len(units) :], strict=True))
 
-    def _losses_of(self, values: Values) -> MergeLosses:
-        """Return what the merge with these values was measured to be worth on the search data, by a sound trial."""
-        return next(trial.losses for trial in self._trials if trial.values == values and trial.is_sound)
-
     def _unit(
         self, values: Values, part: Part, subject: str, start: tuple[float | None, ...] | None = None
     ) -> MeasureMerge:
@@ -274,19 +280,18 @@ class Evolution:
     def _trial(self, generation: int, what: str, values: Values, losses: MergeLosses) -> Trial:
         start = self._trials[0].losses if self._trials else losses
         pairs = compare(start, losses)
-        cost = self._cost(start, pairs)
-        is_sound = cost < _PENALTY and len(pairs[0].positions) == len(start.losses[0].positions)
-        return Trial(generation, what, values, losses, pairs, cost, is_sound)
-
-    def _cost(self, start: MergeLosses, pairs: Sequence[Pairs]) -> float:
-        """Return the loss of the objective; of one not measured to the end, what its change so far makes of it."""
+        broken = [guard for guard in pairs[1:] if guard.worsened(self.spec.z_threshold)]
         delta = pairs[0].comparison.delta if pairs else None
         if delta is None:
-            return WORST
-        broken = [p for p in pairs[1:] if p.worsened(self.spec.z_threshold)]
-        if broken:
-            return min(WORST, _PENALTY + sum(_excess(guard) for guard in broken))
-        return _mean(start) + delta
+            cost = WORST
+        elif broken:
+            cost = min(WORST, _PENALTY + sum(_excess(guard) for guard in broken))
+        else:
+            # Of one not measured to the end, what its change so far makes of it.
+            cost = _mean(start) + delta
+        is_whole = bool(pairs) and len(pairs[0].positions) == len(start.losses[0].positions)
+        is_sound = is_whole and delta is not None and not broken
+        return Trial(generation, what, values, losses, pairs, cost, is_sound)
 
     def _tell(self, generation: int) -> None:
         best, start = self._best, self._trials[0]

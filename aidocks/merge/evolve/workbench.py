@@ -15,7 +15,7 @@ from aidocks.evaluate.measurements import finite_losses
 from aidocks.evaluate.objectives import ObjectiveSource, Part
 from aidocks.evaluate.scoring import context_length, load_task, plain_forward
 from aidocks.laser.workbench import locate_all
-from aidocks.merge.measure_merge import Losses, is_hopeless
+from aidocks.merge.evolve.measuring import Losses, is_hopeless
 from aidocks.merge.recipe import Source, TensorMerge
 from aidocks.merge.rows import as_matrix
 from aidocks.merge.shard import OpenedSources, merge_tensor
@@ -44,7 +44,8 @@ class MergeBench:
         self._slots: dict[str, torch.Tensor] = {}
         #: None where an attempt to make it was interrupted.
         self._made: dict[str, Made | None] = {}
-        self._opened: tuple[tuple[Source, ...], OpenedSources] = ((), OpenedSources(()))
+        self._opened_as: tuple[tuple[Source, ...], str] = ((), "float32")
+        self._opened = OpenedSources(())
 
     @torch.no_grad()
     def apply(
@@ -68,8 +69,9 @@ class MergeBench:
             IncompatibleModels: When transformers keeps one of them in a form that is not known here.
             AIDocksError: As :func:`~aidocks.merge.shard.merge_tensor`.
         """
-        if self._opened[0] != sources:
-            self._opened = (sources, OpenedSources(sources))
+        if self._opened_as != (sources, compute_dtype):
+            self._opened = OpenedSources(sources, compute_dtype)
+            self._opened_as = sources, compute_dtype
         known = [tensor for tensor in tensors if tensor.name not in self.model.unused]
         wanted = {t.name: Made(t, sources, seed, compute_dtype) for t in known}
         self._locate(wanted)
@@ -93,7 +95,7 @@ class MergeBench:
             source: With sizes.
             part: Of its data.
             start: Losses of what it has to beat, on all items in their order: a measurement ends early when it is
-                hopeless, see :func:`~aidocks.merge.measure_merge.is_hopeless`; None for never. It always ends at the
+                hopeless, see :func:`~aidocks.merge.evolve.measuring.is_hopeless`; None for never. It always ends at the
                 first loss that is not finite.
 
         Raises:
@@ -132,7 +134,7 @@ class MergeBench:
         rows_RC = slot.view(as_matrix(tuple(slot.shape)))
         blocks = merge_tensor(
             made.tensor,
-            self._opened[1],
+            self._opened,
             device=str(slot.device),
             threads=threads,
             seed=made.seed,

@@ -5,7 +5,7 @@ factors of every matrix's difference, and a look at all other tensors -> the ada
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.header import read_header
 from aidocks.checkpoints.layout import ADAPTER_FILE
+from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.space import format_bytes, require_space
 from aidocks.errors import InvalidSpec
-from aidocks.merge.extract_plan import Extraction, plan_extraction
-from aidocks.merge.extract_units import CompareTensors, MatrixFactors, WriteAdapter
+from aidocks.merge.extraction.planning import Extraction, plan_extraction
+from aidocks.merge.extraction.units import CompareTensors, MatrixFactors, WriteAdapter
+from aidocks.models.converting import ConvertPickles, conversions
 from aidocks.models.hub import fetch_missing, require_token
 from aidocks.models.manifest import Parent, Section, Table
 from aidocks.models.names import derive_name
@@ -46,29 +48,49 @@ class ExtractLora(Operation[ExtractLoraSpec, ExtractLoraResult]):
     def preflight(self, spec: ExtractLoraSpec, context: PlanContext) -> None:
         if spec.publish:
             require_token()
-        inputs = self.inputs(spec).items()
-        if not any(context.resolver.needs_download(reference, field=field) for field, reference in inputs):
-            _open(spec, context)
+        references = self.inputs(spec)
+        if any(context.resolver.needs_download(r, field=field) for field, r in references.items()):
+            return
+        _, units = conversions(references, context.resolver, context.workspace)
+        if units:
+            _require_space_to_convert(units, context)
+        else:
+            _open(spec, context, {})
 
     def plan(self, spec: ExtractLoraSpec, context: PlanContext) -> Plan[ExtractLoraResult]:
         name = self.output_name(spec, context.job_id)
         result = find_published(name, ExtractLoraResult, context)
         if result is None:
-            yield from fetch_missing(self.inputs(spec).values(), context)
-            result = yield from _extract(name, spec, context)
+            references = self.inputs(spec)
+            yield from fetch_missing(references.values(), context)
+            converted, units = conversions(references, context.resolver, context.workspace)
+            if units:
+                _require_space_to_convert(units, context)
+                yield Stage("convert", units)
+            result = yield from _extract(name, spec, context, converted)
         return (yield from upload(result, spec))
 
 
-def _open(spec: ExtractLoraSpec, context: PlanContext) -> Extraction:
-    base = context.resolver.open(spec.base_model, field="base_model")
-    model = context.resolver.open(spec.model, field="model")
+def _require_space_to_convert(units: Sequence[ConvertPickles], context: PlanContext) -> None:
+    require_space(context.workspace, sum(unit.nbytes for unit in units))
+
+
+def _open(spec: ExtractLoraSpec, context: PlanContext, converted: Mapping[str, Path]) -> Extraction:
+    base, model = (
+        Checkpoint(converted[reference])
+        if reference in converted
+        else context.resolver.open(reference, field=field)
+        for field, reference in (("base_model", spec.base_model), ("model", spec.model))
+    )
     extraction = plan_extraction(spec, base, model)
     require_space(context.workspace, extraction.nbytes + _BESIDE_WEIGHTS_BYTES)
     return extraction
 
 
-def _extract(name: str, spec: ExtractLoraSpec, context: PlanContext) -> Plan[ExtractLoraResult]:
-    extraction = _open(spec, context)
+def _extract(
+    name: str, spec: ExtractLoraSpec, context: PlanContext, converted: Mapping[str, Path]
+) -> Plan[ExtractLoraResult]:
+    extraction = _open(spec, context, converted)
     base, model = extraction.base, extraction.model
     units = extraction.units(context.workspace / "factors")
     same_shape = tuple(name for name in extraction.whole if name not in extraction.resized)
@@ -82,10 +104,11 @@ def _extract(name: str, spec: ExtractLoraSpec, context: PlanContext) -> Plan[Ext
     by_tensor = {found.row.tensor: found for found in results[1 : 1 + len(units)]}
     factors = [by_tensor[unit.tensor] for unit in units]
     parents = tuple(results[1 + len(units) :])
-    saved, modules, lost = extraction.choose_saved(different)
-    if not any(found.row.rank for found in factors):
+    saved, modules, lost = extraction.choose_saved(different, factors)
+    if not saved and not any(found.row.rank for found in factors):
         raise InvalidSpec(
-            f"The matrices of {spec.model!r} are those of {spec.base_model!r}: there is nothing to extract.",
+            f"{spec.model!r} differs from {spec.base_model!r} in nothing that an adapter can hold: there is nothing "
+            "to extract.",
             field="model",
             value=spec.model,
             hint="Name a model that was fine-tuned from the base.",
@@ -144,11 +167,11 @@ def _result(
     stored, _ = read_header(writing.directory / ADAPTER_FILE)
     return ExtractLoraResult(
         model=name,
-        rank=writing.config["r"],
+        rank=max((row.rank for row in rows), default=0),
         alpha=float(writing.config["lora_alpha"]),
         method=extraction.spec.method,
         matrices=rows,
-        error=sqrt(left / total),
+        error=sqrt(left / total) if total else 0.0,
         saved=tuple(dict.fromkeys(writing.saved.values())),
         lost=tuple(lost),
         parameters=sum(entry.numel for entry in stored.values()),
@@ -176,6 +199,11 @@ def _staged(
 
 
 def _sections(result: ExtractLoraResult) -> tuple[Section, ...]:
+    saved = tuple(f"Stored whole: {name}" for name in result.saved)
+    lost = tuple(f"Not in the adapter, though it differs: {name}" for name in result.lost)
+    title, notes = "How close it comes", (*saved, *lost)
+    if result.rank == 0:
+        return (Section(title=title, text=("The models' matrices are the same.",), notes=notes),)
     worst = sorted(result.matrices, key=lambda row: -row.error * row.difference)[:_LISTED]
     text = (
         f"An adapter of rank {result.rank}, {format_bytes(result.bytes)}, that leaves {result.error:.1%} of the "
@@ -186,9 +214,7 @@ def _sections(result: ExtractLoraResult) -> tuple[Section, ...]:
         header=("tensor", "rank", "of", "relative difference", "left of it", "energy kept"),
         rows=tuple(_cells(row) for row in worst),
     )
-    saved = tuple(f"Stored whole: {name}" for name in result.saved)
-    lost = tuple(f"Not in the adapter, though it differs: {name}" for name in result.lost)
-    return (Section(title="How close it comes", text=text, table=table, notes=(*saved, *lost)),)
+    return (Section(title=title, text=text, table=table, notes=notes),)
 
 
 def _cells(row: ExtractedMatrix) -> tuple[str, ...]:

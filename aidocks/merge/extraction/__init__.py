@@ -1,0 +1,1 @@
+"""Low-rank adapters out of the differences of two models."""

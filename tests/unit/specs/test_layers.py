@@ -1,0 +1,19 @@
+"""Specs are what all doors read: they lean on nothing but one another."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import aidocks.specs
+
+KNOWN = ("aidocks.specs", "aidocks.errors")
+
+
+def test_specs_import_no_operation() -> None:
+    for path in Path(str(aidocks.specs.__file__)).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            strange = [name for name in names if name.startswith("aidocks") and not name.startswith(KNOWN)]
+            assert not strange, f"{path.name} imports {strange[0]}"
