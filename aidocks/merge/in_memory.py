@@ -45,6 +45,7 @@ def merge_tensors(
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     inputs = Inputs("tensor", rows, base_index, "float64" if wide else "float32", seed=seed)
     values = _values(found, parameters or {}, inputs)
+    found.require_possible(values)
     blocks = [block.to(tensors[0].dtype) for block in found.apply(inputs, values)]
     return torch.cat(blocks).reshape(inputs.shape) if blocks else torch.empty_like(tensors[0])
 

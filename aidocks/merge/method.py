@@ -121,6 +121,7 @@ class Method:
             None for no limit.
         is_random: Whether it draws random numbers.
         ignored: Names of parameters that others know, or that it once had, and that have no effect here.
+        check: Called with the parameters as the function is; raises InvalidSpec for values that do not go together.
         summary: First line of its docstring.
     """
 
@@ -131,11 +132,20 @@ class Method:
     models: tuple[int, int | None] = (1, None)
     is_random: bool = False
     ignored: tuple[str, ...] = ()
+    check: Callable[..., None] | None = None
     summary: str = ""
+
+    def require_possible(self, values: Mapping[str, Any]) -> None:
+        """Raise InvalidSpec for values, each of them allowed, that do not go together."""
+        if self.check is not None:
+            self.check(**self._arguments(values))
 
     def apply(self, inputs: Inputs, values: Mapping[str, Any]) -> Merged:
         """Return the merged tensor in blocks; ``values`` holds every parameter by its name."""
-        return self.function(inputs, **{p.argument: values[p.name] for p in self.parameters})
+        return self.function(inputs, **self._arguments(values))
+
+    def _arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {parameter.argument: values[parameter.name] for parameter in self.parameters}
 
 
 _methods: dict[str, Method] = {}
@@ -148,12 +158,13 @@ def merge_method(
     models: tuple[int, int | None] = (1, None),
     is_random: bool = False,
     ignored: tuple[str, ...] = (),
+    check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
     """Make a function a merge method that requests can name; see :class:`Method`."""
 
     def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
         summary = (function.__doc__ or "").strip().partition("\n")[0]
-        _methods[name] = Method(name, function, parameters, base, models, is_random, ignored, summary)
+        _methods[name] = Method(name, function, parameters, base, models, is_random, ignored, check, summary)
         return function
 
     return register

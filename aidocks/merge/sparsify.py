@@ -9,7 +9,7 @@ Shapes: R rows and C columns of a block. Densities are shares of a tensor's valu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aidocks.errors import InvalidSpec
 from aidocks.merge import order
@@ -96,10 +96,23 @@ def by_rank(inputs: Inputs, density: Sequence[float], epsilon: Sequence[float]) 
 
     In each row the probability rises evenly with the rank of the magnitude, from density - epsilon at the smallest to
     density + epsilon at the largest. A vector is a single row, as is each vector along the last axis of a tensor of
-    more than two. Of equal magnitudes the first has the lower rank.
+    more than two. Of equal magnitudes the first has the lower rank. See :func:`require_probabilities`.
+    """
+
+    def mask(delta: torch.Tensor, block: Block, model: int) -> torch.Tensor | bool:
+        share, spread = density[model], epsilon[model]
+        if not 0 < share < 1:
+            return share >= 1
+        return _by_rank(delta, random_words(inputs, block, model), share, spread)
+
+    return lambda block: [mask(delta, block, model) for model, delta in enumerate(block.deltas)]
+
+
+def require_probabilities(density: Sequence[float], epsilon: Sequence[float], **_: Any) -> None:
+    """Refuse values by which :func:`by_rank` would keep something with a probability that is none.
 
     Raises:
-        InvalidSpec: A probability would not lie between 0 and 1.
+        InvalidSpec: Naming both.
     """
     for share, spread in zip(density, epsilon, strict=True):
         if 0 < share < 1 and not (share - spread > 0 and share + spread < 1):
@@ -110,14 +123,6 @@ def by_rank(inputs: Inputs, density: Sequence[float], epsilon: Sequence[float]) 
                 value=spread,
                 hint=f"Choose an epsilon below {min(share, 1 - share):g}.",
             )
-
-    def mask(delta: torch.Tensor, block: Block, model: int) -> torch.Tensor | bool:
-        share, spread = density[model], epsilon[model]
-        if not 0 < share < 1:
-            return share >= 1
-        return _by_rank(delta, random_words(inputs, block, model), share, spread)
-
-    return lambda block: [mask(delta, block, model) for model, delta in enumerate(block.deltas)]
 
 
 def remembered(masks: Masks) -> Masks:

@@ -198,6 +198,7 @@ class TensorPlanner:
                     raise missing_value(self._method, parameter, levels, tensor, given.member.reference)
                 each.append(value)
             values[parameter.name] = tuple(each)
+        self._method.require_possible(values)
         self._sums.add(name, values, f"{part.models[0].settings.field}.weight")
         return values
 

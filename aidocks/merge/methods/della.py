@@ -7,7 +7,7 @@ from typing import Unpack
 
 from aidocks.merge.inputs import Inputs, Merged
 from aidocks.merge.method import Parameter, merge_method
-from aidocks.merge.sparsify import by_rank, remembered
+from aidocks.merge.sparsify import by_rank, remembered, require_probabilities
 from aidocks.merge.task_vectors import TaskVectorSettings, add_task_vectors, task_vector_parameters
 
 
@@ -26,6 +26,7 @@ from aidocks.merge.task_vectors import TaskVectorSettings, add_task_vectors, tas
     base="required",
     is_random=True,
     ignored=("int8_mask",),
+    check=require_probabilities,
 )
 def della(
     inputs: Inputs, density: Sequence[float], epsilon: Sequence[float], **settings: Unpack[TaskVectorSettings]
@@ -35,9 +36,6 @@ def della(
     Each value of each model's difference from the base is kept with a probability that rises with the rank of its
     magnitude in its row, from density - epsilon to density + epsilon. What is kept is rescaled as by ``dare_linear``,
     (the paper divides each value by its probability), and averaged as by ``ties``.
-
-    Raises:
-        InvalidSpec: A probability would not lie between 0 and 1.
     """
     # Ranks cost more than all the rest: they are found once, for the norms and for the sum.
     masks = remembered(by_rank(inputs, density, epsilon))

@@ -7,7 +7,7 @@ from typing import Unpack
 
 from aidocks.merge.inputs import Inputs, Merged
 from aidocks.merge.method import Parameter, merge_method
-from aidocks.merge.sparsify import by_rank, remembered
+from aidocks.merge.sparsify import by_rank, remembered, require_probabilities
 from aidocks.merge.task_vectors import TaskVectorSettings, add_task_vectors, task_vector_parameters
 
 
@@ -26,6 +26,7 @@ from aidocks.merge.task_vectors import TaskVectorSettings, add_task_vectors, tas
     base="required",
     is_random=True,
     ignored=("int8_mask",),
+    check=require_probabilities,
 )
 def della_linear(
     inputs: Inputs, density: Sequence[float], epsilon: Sequence[float], **settings: Unpack[TaskVectorSettings]
@@ -33,9 +34,6 @@ def della_linear(
     """Weighted sum of changes thinned by rank (Deep et al., arXiv 2406.11617, section 3).
 
     Differences are thinned and rescaled as by ``della``: base + λ sum(w_i s_i d_i).
-
-    Raises:
-        InvalidSpec: A probability would not lie between 0 and 1.
     """
     # Ranks cost more than all the rest: they are found once, for the norms and for the sum.
     masks = remembered(by_rank(inputs, density, epsilon))

@@ -66,6 +66,15 @@ CASES: dict[str, Case] = {
         {"weight": 0.5},
         "Did you mean 'parameters'?",
     ),
+    "values that do not go together": (
+        LINEAR.replace("linear", "della\nbase_model: one").replace(
+            "weight: 0.5", "{weight: 0.5, density: 0.9}"
+        ),
+        InvalidSpec,
+        "parameters.epsilon",
+        0.15,
+        "Choose an epsilon below 0.1.",
+    ),
     "unknown parameter": (
         LINEAR.replace("weight", "wieght"),
         InvalidSpec,
