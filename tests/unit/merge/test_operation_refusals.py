@@ -68,7 +68,7 @@ CASES: dict[str, Case] = {
     ),
     "values that do not go together": (
         LINEAR.replace("linear", "della\nbase_model: one").replace(
-            "weight: 0.5", "{weight: 0.5, density: 0.9}"
+            "weight: 0.5", "weight: 0.5, density: 0.9"
         ),
         InvalidSpec,
         "parameters.epsilon",
