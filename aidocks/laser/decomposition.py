@@ -152,8 +152,8 @@ def decompose(units: Sequence[DecomposeMatrix], context: UnitContext) -> list[De
     Raises:
         CorruptCheckpoint: For a matrix with entries that are not finite.
     """
-    from aidocks.laser.spectrum import one_thread
     from aidocks.laser.truncation import bases
+    from aidocks.threads import one_thread
 
     truncations: list[Truncation] = []
 

@@ -220,7 +220,8 @@ def compute_values(stored: Sequence[tuple[TensorEntry, Matrix]], device: str = "
     """
     import numpy as np
 
-    from aidocks.laser.spectrum import gram, one_thread, values_of_grams
+    from aidocks.laser.spectrum import gram, values_of_grams
+    from aidocks.threads import one_thread
 
     with one_thread(device):
         grams = [gram(_blocks(entry, matrix), matrix.full_rank, device) for entry, matrix in stored]

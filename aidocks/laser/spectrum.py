@@ -13,7 +13,6 @@ the Gram matrix, s_N the singular values, B matrices of a batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 
@@ -21,22 +20,6 @@ import torch
 #: for every block, which fewer rows than these are not worth.
 _BLOCK_BYTES = 1 << 20
 _LEAST_ROWS = 256
-
-
-@contextmanager
-def one_thread(device: str) -> Iterator[None]:
-    """Compute with one thread of the CPU meanwhile, whatever this process may use; on a GPU nothing changes.
-
-    A sum that threads share is rounded otherwise with each number of them. So whoever decomposes gets the same bits,
-    on a worker of however many threads. What is lost in time is won by units that run beside each other.
-    """
-    before = torch.get_num_threads()
-    if torch.device(device).type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def singular_values(w_OI: torch.Tensor) -> torch.Tensor:

@@ -188,7 +188,7 @@ class Inputs:
 
     def walk(self, of: Callable[[Block], CollectedT]) -> Iterator[CollectedT]:
         """Yield what ``of`` makes of each block, in order, a few blocks ahead. It runs in several threads."""
-        from aidocks.laser.spectrum import one_thread
+        from aidocks.threads import one_thread
 
         _keep_freed_memory()
         spans = list(enumerate(self.spans))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aidocks.errors import InvalidSpec
 from aidocks.merge import order
+from aidocks.merge.method import Parameter
 from aidocks.merge.random import random_words
 
 if TYPE_CHECKING:
@@ -22,6 +23,27 @@ if TYPE_CHECKING:
 
 #: Which values of each model's delta a block keeps: bool [R, C], or one bool where it is the same for all.
 Masks = Callable[["Block"], "list[torch.Tensor | bool]"]
+
+#: The parameter of :func:`without_outliers`.
+GAMMA = Parameter(
+    "gamma",
+    float,
+    0.01,
+    scope="model",
+    at_least=0,
+    at_most=1,
+    description="Share of the largest values to leave out.",
+)
+#: The parameter of :func:`by_rank`.
+EPSILON = Parameter(
+    "epsilon",
+    float,
+    0.15,
+    scope="model",
+    at_least=0,
+    at_most=1,
+    description="How far the probabilities to keep go from density.",
+)
 
 
 def largest(inputs: Inputs, density: Sequence[float]) -> Masks:

@@ -72,8 +72,8 @@ class ExtractMatrix(Unit[MatrixFactors]):
 
     def run(self, context: UnitContext) -> MatrixFactors:
         from aidocks.checkpoints.dtypes import to_torch
-        from aidocks.laser.spectrum import one_thread
         from aidocks.merge.extraction.low_rank import decompose
+        from aidocks.threads import one_thread
 
         inputs = _both_models(self.tensor, self.base, self.model, context)
         d_OI, size, difference = self._difference(inputs)

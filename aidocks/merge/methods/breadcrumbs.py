@@ -6,23 +6,15 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from aidocks.merge.inputs import Inputs, Merged
-from aidocks.merge.method import Parameter, merge_method
-from aidocks.merge.sparsify import without_outliers
+from aidocks.merge.method import merge_method
+from aidocks.merge.sparsify import GAMMA, without_outliers
 from aidocks.merge.task_vectors import TaskVectorSettings, add_task_vectors, task_vector_parameters
 
 
 @merge_method(
     "breadcrumbs",
     *task_vector_parameters(normalize=False, rescale=False),
-    Parameter(
-        "gamma",
-        float,
-        0.01,
-        scope="model",
-        at_least=0,
-        at_most=1,
-        description="Share of the largest values to leave out.",
-    ),
+    GAMMA,
     base="required",
     ignored=("int8_mask",),
 )

@@ -6,23 +6,15 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from aidocks.merge.inputs import Inputs, Merged
-from aidocks.merge.method import Parameter, merge_method
-from aidocks.merge.sparsify import by_rank, remembered, require_probabilities
+from aidocks.merge.method import merge_method
+from aidocks.merge.sparsify import EPSILON, by_rank, remembered, require_probabilities
 from aidocks.merge.task_vectors import TaskVectorSettings, add_task_vectors, task_vector_parameters
 
 
 @merge_method(
     "della",
     *task_vector_parameters(normalize=True, rescale=True),
-    Parameter(
-        "epsilon",
-        float,
-        0.15,
-        scope="model",
-        at_least=0,
-        at_most=1,
-        description="How far the probabilities to keep go from density.",
-    ),
+    EPSILON,
     base="required",
     is_random=True,
     ignored=("int8_mask",),

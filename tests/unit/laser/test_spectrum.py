@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aidocks.laser import spectrum
-from aidocks.laser.spectrum import blocks_of, gram, one_thread, singular_values
+from aidocks.laser.spectrum import blocks_of, gram, singular_values
+from aidocks.threads import one_thread
 
 shapes = st.tuples(st.integers(2, 40), st.integers(2, 40))
 
