@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CollectedT = TypeVar("CollectedT")
 
 #: Values of a block: on a CPU what its caches hold, on a GPU what keeps it busy.
-BLOCK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 26}
+BLOCK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 #: Just below the size (32 MiB) from which on glibc no longer learns.
 _LARGE_BYTES = 31 << 20
