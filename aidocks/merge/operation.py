@@ -10,6 +10,7 @@ from typing import ClassVar
 from aidocks.checkpoints.space import require_space
 from aidocks.checkpoints.writer import parse_size
 from aidocks.merge.build import MergeBuild
+from aidocks.merge.parameters import check_words
 from aidocks.models.converting import conversions
 from aidocks.models.hub import fetch_missing, require_token
 from aidocks.models.names import derive_name
@@ -35,6 +36,8 @@ class Merge(Operation[MergeSpec, MergeResult]):
 
     def preflight(self, spec: MergeSpec, context: PlanContext) -> None:
         parse_size(spec.max_shard_size)
+        for path, _, merge in spec.merges():
+            check_words(merge, path)
         if spec.publish:
             require_token()
         references = spec.inputs()

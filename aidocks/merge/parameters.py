@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from aidocks.errors import InvalidSpec
-from aidocks.merge.method import Method, Parameter, Value, known_methods
+from aidocks.merge.method import Method, Parameter, Value, find_method, known_methods
+from aidocks.specs.merge_config import MergeConfig
 from aidocks.specs.merge_settings import FilteredValue, Setting
 
 #: Names that files from the wild give and that no method of mergekit has any more.
@@ -59,6 +60,30 @@ class Settings:
 
     field: str
     rules: Mapping[str, tuple[Rule, ...]]
+
+
+def check_words(merge: MergeConfig, path: str = "") -> None:
+    """Check what needs no model: the method, and names and values of its parameters.
+
+    Args:
+        merge: A merge of the request.
+        path: Of the merge in the request: ``stages[0].`` or empty.
+
+    Raises:
+        InvalidSpec: As :func:`~aidocks.merge.method.find_method` and :func:`read_settings`.
+    """
+    method = find_method(merge.merge_method, field=f"{path}merge_method")
+    within, module = merge.module
+    read_settings(method, merge.parameters, f"{path}parameters")
+    if within:
+        read_settings(method, module.parameters, f"{path}{within}parameters")
+    for number, model in enumerate(module.models or ()):
+        read_settings(method, model.parameters, f"{path}{within}models[{number}].parameters", of_model=True)
+    for number, part in enumerate(module.slices or ()):
+        field = f"{path}{within}slices[{number}]"
+        read_settings(method, part.parameters, f"{field}.parameters")
+        for place, source in enumerate(part.sources):
+            read_settings(method, source.parameters, f"{field}.sources[{place}].parameters", of_model=True)
 
 
 def read_settings(

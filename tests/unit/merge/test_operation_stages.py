@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from aidocks.checkpoints.hashes import FileHashes, combine_hashes
+from aidocks.errors import InvalidSpec
+from aidocks.jobs.runner import run_locally
 from aidocks.models.registry import Registry
 from aidocks.settings import Settings
 from aidocks.specs.read import parse_yaml
@@ -24,6 +26,7 @@ from tests.support.merge_jobs import (
     copy_model,
     left_behind,
     make_family,
+    request,
     tensors,
     weights,
 )
@@ -241,5 +244,13 @@ def test_weights_in_pytorch_files(place: Settings, tmp_path: Path) -> None:
     known = set(left_behind(place.home))
     planned = another(place, 3).run(text.replace("OTHER", str(pickled)), dry_run=True)
     assert planned.steps[0].read_bytes == expected.steps[0].read_bytes
+    # What needs no model is refused before one is converted.
+    for right, wrong, field in (
+        ("linear", "liner", "merge_method"),
+        ("{weight", "{wieght", "parameters.wieght"),
+    ):
+        with pytest.raises(InvalidSpec) as refused:
+            run_locally("merge", request(text.replace("OTHER", str(pickled)).replace(right, wrong)), place)
+        assert refused.value.field == field
     added = set(left_behind(place.home)) - known
     assert not any(place.startswith("models") for place in added)
