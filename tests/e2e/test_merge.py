@@ -86,7 +86,7 @@ def test_over_http(service: Any, models: dict[str, dict[str, torch.Tensor]]) -> 
             kinds = [line[7:] for line in stream.iter_lines() if line.startswith("event: ")]
         assert kinds[:2] == ["queued", "started"]
         assert kinds[-1] == "succeeded"
-        assert kinds.count("stage_started") == 3  # merge, evaluate, report
+        assert kinds.count("stage_started") == 4  # inputs, merge, evaluate, report
         job = http.get(f"/jobs/{job['id']}").json()
         assert job["status"] == "succeeded"
         result = MergeResult.model_validate(job["result"])
