@@ -59,6 +59,16 @@ _TORCH_NAMES = {
 _SAFETENSORS_NAMES = {torch_name: name for name, torch_name in _TORCH_NAMES.items()}
 
 
+def torch_name(dtype: str) -> str:
+    """Return what torch and configurations call a safetensors type: ``bfloat16`` for ``BF16``; others as they are."""
+    return _TORCH_NAMES.get(dtype, dtype)
+
+
+def stored_name(dtype: str) -> str:
+    """Return the safetensors name of a type as torch and configurations call it: ``BF16`` for ``bfloat16``."""
+    return _SAFETENSORS_NAMES[dtype]
+
+
 def to_torch(dtype: str) -> torch.dtype:
     """Return torch's type for a safetensors type name such as ``BF16``.
 

@@ -15,6 +15,8 @@ from aidocks.errors import CorruptCheckpoint, UnknownModel, UnsafeCheckpoint
 CONFIG_FILE = "config.json"
 #: What an adapter in the layout of PEFT consists of.
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+#: Endings of architectures that are causal language models: losses of text can be measured of them.
+CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 _SHARD_NAME = re.compile(r"[^/\\\0.][^/\\\0]{0,230}\.safetensors")
 _MAX_JSON_BYTES = 256 << 20
 #: Formats that are, or may hold, Python pickles: loading one can run code.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aidocks.checkpoints.files import UNFINISHED
+from aidocks.checkpoints.layout import CAUSAL_ENDINGS
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import IncompatibleModels
 from aidocks.evaluate.objectives import ObjectiveSource, resolve_objective, size_objective
@@ -15,7 +16,6 @@ from aidocks.laser.factors import dense_config
 from aidocks.laser.matrices import Matrix, find_matrices, select_matrices
 from aidocks.specs.laser import LaserSpec
 
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _FLOAT32_BYTES = 4
 _DEFAULT_GUARD_LENGTH = 128
@@ -89,7 +89,7 @@ def check_base(checkpoint: Checkpoint, spec: LaserSpec) -> tuple[Matrix, ...]:
     field, name = "base_model_name", spec.base_model_name
     config = dense_config(checkpoint.config)
     architectures = config.get("architectures") or ["none"]
-    if not any(str(architecture).endswith(_CAUSAL) for architecture in architectures):
+    if not any(str(architecture).endswith(CAUSAL_ENDINGS) for architecture in architectures):
         raise IncompatibleModels(
             f"The model {name!r} is not a causal language model, but: {', '.join(map(str, architectures))}.",
             field=field,

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.header import TensorEntry
 from aidocks.errors import InvalidSpec
+from aidocks.evaluate.comparison import ranges
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +171,7 @@ def select_matrices(
             f"The layers asked for have no matrices of the kinds asked for in {model!r}.",
             field="kinds",
             value=", ".join(kinds or ()),
-            hint=f"Kinds in layers {_ranges(sorted(set(layers)))}: {', '.join(there)}.",
+            hint=f"Kinds in layers {ranges(layers)}: {', '.join(there)}.",
         )
     return chosen
 
@@ -186,7 +187,7 @@ def _require_known(
                 f"The model {model!r} has no matrices in layer {layer}.",
                 field="layers",
                 value=layer,
-                hint=f"Its layers: {_ranges(known)}." if known else "None of its weights belongs to a layer.",
+                hint=f"Its layers: {ranges(known)}." if known else "None of its weights belongs to a layer.",
             )
     for kind in kinds:
         names = sorted({matrix.kind for matrix in matrices})
@@ -197,17 +198,6 @@ def _require_known(
                 value=kind,
                 hint=f"Its kinds: {', '.join(names)}.",
             )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Write [0, 1, 2, 5] as ``0-2, 5``."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
 
 
 class Reduction(BaseModel):

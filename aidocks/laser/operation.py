@@ -30,7 +30,7 @@ from aidocks.laser.scan import scan_units
 from aidocks.laser.search import Findings, Search
 from aidocks.laser.selection import Candidate
 from aidocks.laser.writing import ChooseFactors, writing_units
-from aidocks.models.hub import FetchModel, require_token
+from aidocks.models.hub import fetch_missing, require_token
 from aidocks.models.parents import parent_units
 from aidocks.models.publication import Staged, find_published, publish, upload
 from aidocks.plan import Operation, Plan, PlanContext, Stage
@@ -110,8 +110,7 @@ def _check(
 
 
 def _open_base(spec: LaserSpec, context: PlanContext) -> Generator[Stage, list[Any], Checkpoint]:
-    if context.resolver.needs_download(spec.base_model_name):
-        yield Stage("fetch", (FetchModel(reference=spec.base_model_name),))
+    yield from fetch_missing({"base_model_name": spec.base_model_name}, context)
     return context.resolver.open(spec.base_model_name, field="base_model_name")
 
 

@@ -28,7 +28,7 @@ from aidocks.laser.layer_lists import (
 )
 from aidocks.laser.matrices import Matrix, find_matrices, select_matrices
 from aidocks.laser.scan import MatrixSpectrum, ScanMatrices, ScanMatrix, open_checkpoint, scan_units
-from aidocks.models.hub import FetchModel
+from aidocks.models.hub import fetch_missing
 from aidocks.plan import Operation, Plan, PlanContext, Stage, Unit, UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.laser_scan import LaserScanResult, LaserScanSpec, RuleOutcome, ScannedMatrix
@@ -53,8 +53,7 @@ class LaserScan(Operation[LaserScanSpec, LaserScanResult]):
             _choose(context.resolver.open(spec.model, field="model"), spec)
 
     def plan(self, spec: LaserScanSpec, context: PlanContext) -> Plan[LaserScanResult]:
-        if context.resolver.needs_download(spec.model, field="model"):
-            yield Stage("fetch", (FetchModel(reference=spec.model),))
+        yield from fetch_missing({"model": spec.model}, context)
         checkpoint = context.resolver.open(spec.model, field="model")
         matrices = _choose(checkpoint, spec)
         hashing = HashWeights(

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aidocks.checkpoints.dtypes import DTYPE_BITS
+from aidocks.checkpoints.dtypes import torch_name
 from aidocks.checkpoints.files import OutputFile
+from aidocks.checkpoints.layout import CAUSAL_ENDINGS
 from aidocks.checkpoints.space import require_space
-from aidocks.checkpoints.writer import ShardPlan, parse_size
+from aidocks.checkpoints.writer import ShardPlan, TensorPlan, parse_size
 from aidocks.errors import IncompatibleModels, InvalidSpec
 from aidocks.evaluate.comparison import model_perplexities
 from aidocks.evaluate.domains import DomainResults, MeasureDomains
@@ -40,9 +41,6 @@ _BESIDE_WEIGHTS_BYTES = 64 << 20
 _OTHER_TOKENS = (
     "Perplexities are of each model's own tokens, which are not the same ones: compare them with care."
 )
-#: Endings of architectures whose losses of text can be measured.
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,11 @@ class Step:
         }
         members = list(self.members.values())
         by_source = {member.source: member for member in members}
-        tensors = [by_source[self.target.sources[source]].tensors[name] for source, name in stored]
+        read = [
+            TensorPlan(name=name, dtype=tensor.dtype, shape=tensor.shape)
+            for source, name in stored
+            for tensor in (by_source[self.target.sources[source]].tensors[name],)
+        ]
         return MergeStep(
             name=self.name or result_name,
             method=self.merge.merge_method,
@@ -123,7 +125,7 @@ class Step:
             layers=self.target.num_layers,
             tensors=len(self.target.tensors),
             files=len(self.files),
-            read_bytes=sum(_bytes(tensor.dtype, tensor.shape) for tensor in tensors),
+            read_bytes=sum(tensor.nbytes for tensor in read),
             written_bytes=sum(file.nbytes for file in self.files),
             memory_bytes=expected_memory(max(len(tensor.operands) for tensor in self.target.tensors)),
         )
@@ -146,17 +148,19 @@ class MergeBuild:
         self.domains = self._resolve_domains()
         self.written: list[OutputFile] = []
         self.parents: tuple[Parent, ...] = ()
+        #: Which rows of the last merge's models the rows of its vocabulary are, where they move; once it is written.
+        self.mapping: OutputFile | None = None
 
     @property
     def last(self) -> Step:
         """The merge whose result is kept."""
         return self.steps[-1]
 
-    def require_space(self, kept: int = 0) -> None:
-        """Raise InsufficientDisk when what the job has still to write would not fit, less ``kept`` bytes."""
+    def require_space(self, further: int = 0) -> None:
+        """Raise InsufficientDisk when what the job has still to write, and ``further`` bytes, would not fit."""
         files = ((step.directory / file.file_name, file) for step in self.steps for file in step.files)
         needed = sum(file.nbytes for path, file in files if not path.is_file())
-        require_space(self.context.workspace, needed + _BESIDE_WEIGHTS_BYTES - kept)
+        require_space(self.context.workspace, needed + _BESIDE_WEIGHTS_BYTES + further)
 
     def result(self, name: str, *, dry_run: bool = False) -> MergeResult:
         """Return what is known before anything is measured."""
@@ -165,7 +169,7 @@ class MergeBuild:
             model=None if dry_run else name,
             merge_method=last.merge.merge_method,
             architecture=last.target.class_name,
-            dtype=_DTYPES.get(last.target.dtype, last.target.dtype),
+            dtype=torch_name(last.target.dtype),
             parameters=last.target.parameters,
             bytes=sum(file.nbytes for file in last.files),
             steps=tuple(step.describe(name) for step in self.steps),
@@ -246,6 +250,7 @@ class MergeBuild:
         writers = (*step.shards(self.spec, mapping), beside)
         results: list[Any] = yield Stage("merge" if is_last else f"merge {step.name}", (*writers, *hashes))
         if is_last:
+            self.mapping = mapping
             self._keep(results[: len(writers)])
             self.parents = describe_members(named, hashes, results[len(writers) :])
 
@@ -327,7 +332,7 @@ def _check_chat_template(merge: MergeConfig, path: str) -> None:
 
 
 def _require_measurable(class_name: str, first: Member) -> None:
-    if not class_name.endswith(_CAUSAL):
+    if not class_name.endswith(CAUSAL_ENDINGS):
         raise IncompatibleModels(
             f"The model {first.reference!r} is not a causal language model, but: {class_name or 'none'}.",
             field="evaluate",
@@ -346,9 +351,3 @@ def _have_an_average(models: Sequence[Member]) -> bool:
         for member in models
     ]
     return all(member.source.adapter is None for member in models) and all(form == forms[0] for form in forms)
-
-
-def _bytes(dtype: str, shape: Sequence[int]) -> int:
-    from math import prod
-
-    return prod(shape) * DTYPE_BITS[dtype] // 8

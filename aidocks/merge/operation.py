@@ -43,7 +43,7 @@ class Merge(Operation[MergeSpec, MergeResult]):
         references = spec.inputs()
         if any(context.resolver.needs_download(r, field=field) for field, r in references.items()):
             return
-        _, units = conversions(_models(references), context.resolver, context.workspace)
+        _, units = conversions(references, context.resolver, context.workspace)
         if units:
             require_space(context.workspace, sum(unit.nbytes for unit in units))
         else:
@@ -54,8 +54,8 @@ class Merge(Operation[MergeSpec, MergeResult]):
         result = None if spec.dry_run else find_published(name, MergeResult, context)
         if result is None:
             references = spec.inputs()
-            fetched = yield from fetch_missing(references.values(), context)
-            converted, units = conversions(_models(references), context.resolver, context.workspace)
+            fetched = yield from fetch_missing(references, context)
+            converted, units = conversions(references, context.resolver, context.workspace)
             if units:
                 require_space(context.workspace, sum(unit.nbytes for unit in units))
                 yield Stage("convert", units)
@@ -68,11 +68,6 @@ class Merge(Operation[MergeSpec, MergeResult]):
             result = yield from build.run(name)
             result = publish(build.finished(result), "merge", spec, result, context)
         return (yield from upload(result, spec))
-
-
-def _models(references: dict[str, str]) -> dict[str, str]:
-    """Return those of the references that name whole models."""
-    return {field: reference for field, reference in references.items() if not field.endswith(".lora")}
 
 
 def _name(spec: MergeSpec, job_id: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from aidocks.checkpoints.dtypes import DTYPE_BITS
+from aidocks.checkpoints.dtypes import DTYPE_BITS, stored_name
 from aidocks.checkpoints.writer import ShardPlan, TensorPlan, plan_shards
 from aidocks.merge.alike import check_alike, check_layers
 from aidocks.merge.ends import choose_head, set_tie
@@ -20,10 +20,9 @@ from aidocks.merge.method import find_method
 from aidocks.merge.recipe import Source, TensorMerge
 from aidocks.merge.slices import Arranger, Slice
 from aidocks.merge.tensors import TensorPlanner
-from aidocks.specs.merge_config import DType, MergeConfig
+from aidocks.specs.merge_config import MergeConfig
 
 #: Types as requests write them, in safetensors' spelling.
-STORED: dict[DType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # What says where a model came from, not what it is.
 _LEFT_OUT = ("_name_or_path",)
@@ -142,7 +141,7 @@ def plan_target(
         method,
         {reference: number for number, reference in enumerate(members)},
         template,
-        STORED[wanted] if wanted else None,
+        stored_name(wanted) if wanted else None,
         vocabulary.size if vocabulary else None,
     )
     tensors = tuple(planner.plan(slices, head))

@@ -97,7 +97,8 @@ def conversions(
     """Return where models that are stored as PyTorch files will lie as safetensors, and the units that write them.
 
     Args:
-        references: Field -> reference of every model of a request; those on the hub are at hand.
+        references: Field -> reference of every model of a request; those on the hub are at hand. Adapters, whose
+            fields end with ``.lora``, are no models.
         resolver: Finds models.
         workspace: Of the job.
 
@@ -111,6 +112,8 @@ def conversions(
     places: dict[str, Path] = {}
     units: dict[Path, ConvertPickles] = {}
     for field, reference in references.items():
+        if field.endswith(".lora"):
+            continue
         source = resolver.resolve(reference, field=field).path
         if is_pickled(source):
             # Of the same name as the source, since that is what people read; two may have the same.

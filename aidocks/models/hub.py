@@ -6,7 +6,7 @@ talks to the hub, at the moment it does: it is never part of a spec, a unit, an 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -60,10 +60,16 @@ class FetchModel(Unit[FetchedModel]):
 
 
 def fetch_missing(
-    references: Iterable[str], context: PlanContext
+    references: Mapping[str, str], context: PlanContext
 ) -> Generator[Stage, list[FetchedModel], bool]:
-    """Yield the stage that downloads what is only on the hub; return whether that was anything."""
-    missing = sorted({reference for reference in references if context.resolver.needs_download(reference)})
+    """Yield the stage that downloads what is only on the hub; return whether that was anything.
+
+    Args:
+        references: Field of the request -> model reference.
+        context: Of the plan.
+    """
+    needs_download = context.resolver.needs_download
+    missing = sorted({name for field, name in references.items() if needs_download(name, field=field)})
     if missing:
         yield Stage("fetch", tuple(FetchModel(reference=reference) for reference in missing))
     return bool(missing)

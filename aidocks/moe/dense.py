@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aidocks.errors import IncompatibleModels
 from aidocks.models.rope import read_rotation
+from aidocks.models.tokenizer_files import SPECIAL_TOKENS
 from aidocks.specs.moe import DType
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 SUPPORTED = (
     f"Llama, Mistral, Phi-3, Qwen2 and Qwen3 models can be combined ({', '.join(map(repr, _CLASSES))})."
 )
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DEFAULT_SPECIAL = {"llama": (1, 2, None), "mistral": (1, 2, None), "phi3": (1, 32_000, 32_000)}
 # Said of the types that people try, by the beginning of their names; the first that fits counts.
 _REFUSED = {
@@ -176,7 +176,9 @@ def _build(member: Member, full: Mapping[str, Any]) -> DenseConfig:
         tie_word_embeddings=bool(full.get("tie_word_embeddings")),
         special_ids={
             key: full.get(key, default)
-            for key, default in zip(_SPECIAL, _DEFAULT_SPECIAL.get(model_type, (None,) * 3), strict=True)
+            for key, default in zip(
+                SPECIAL_TOKENS, _DEFAULT_SPECIAL.get(model_type, (None,) * 3), strict=True
+            )
         },
     )
 

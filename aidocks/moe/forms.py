@@ -14,8 +14,6 @@ from typing import Any
 from aidocks.moe.dense import DenseConfig
 from aidocks.specs.moe import DType
 
-STORED: dict[DType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
 #: Of the base's configuration, beside what DenseConfig holds.
 _KEPT = ("attention_dropout", "initializer_range", "use_cache")
 

@@ -57,7 +57,7 @@ class BuildMoE(Operation[MoESpec, MoEResult]):
         result = find_published(name, MoEResult, context)
         if result is None:
             references = self.inputs(spec)
-            fetched = yield from fetch_missing(references.values(), context)
+            fetched = yield from fetch_missing(references, context)
             from aidocks.moe.build import Build
 
             build = Build(spec, context, references)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from aidocks.checkpoints.dtypes import torch_name
 from aidocks.checkpoints.header import TensorEntry
 from aidocks.checkpoints.writer import TensorPlan
 from aidocks.errors import CorruptCheckpoint, IncompatibleModels
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from aidocks.checkpoints.reader import Checkpoint
-
-_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Piece(BaseModel):
@@ -106,7 +105,7 @@ def compute(tensor: TensorPlan, recipe: Recipe, stored: Sequence[TensorEntry], s
             part = part * piece.scale
         cast = part.to(to_torch(tensor.dtype))
         if not bool(cast.isfinite().all()) and bool(exact.isfinite().all()):
-            dtype = _NAMES[tensor.dtype]
+            dtype = torch_name(tensor.dtype)
             raise IncompatibleModels(
                 f"The tensor {entry.name} of {entry.file.parent.name} has values that are too large for {dtype}.",
                 field="dtype",

@@ -8,12 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from aidocks.checkpoints.dtypes import stored_name
 from aidocks.checkpoints.writer import ShardPlan, TensorPlan, plan_shards
 from aidocks.errors import InvalidSpec
 from aidocks.models.chat_templates import Template, resolve_template
 from aidocks.moe.compatibility import Checked, check_members
 from aidocks.moe.dense import DenseConfig, Member, stored_dtype
-from aidocks.moe.forms import STORED, Form, Sizes
+from aidocks.moe.forms import Form, Sizes
 from aidocks.moe.mixtral import MIXTRAL
 from aidocks.moe.parts import EMBEDDING, HEAD, Part, attention_parts, check_parts, mlp_parts, outer_parts
 from aidocks.moe.qwen_moe import QWEN2_MOE, QWEN3_MOE
@@ -161,6 +162,7 @@ def plan_target(
         places,
     )
     dtype = spec.dtype or stored_dtype(base.checkpoint)
+    stored = stored_name(dtype)
     made = {name: (shape, recipe) for name, shape, recipe in planner.weights()}
     sizes = Sizes(len(experts), spec.num_experts_per_token, planner.shared_width)
     return Target(
@@ -170,10 +172,8 @@ def plan_target(
         num_experts=len(experts),
         num_shared_experts=len(shared),
         sources=sources,
-        tensors=tuple(TensorPlan(name=n, dtype=STORED[dtype], shape=shape) for n, (shape, _) in made.items()),
-        routers=tuple(
-            TensorPlan(name=name, dtype=STORED[dtype], shape=shape) for name, shape in planner.routers()
-        ),
+        tensors=tuple(TensorPlan(name=name, dtype=stored, shape=shape) for name, (shape, _) in made.items()),
+        routers=tuple(TensorPlan(name=name, dtype=stored, shape=shape) for name, shape in planner.routers()),
         recipes={name: recipe for name, (_, recipe) in made.items()},
         config={
             **form.config(base.checkpoint.config, checked.dense, sizes, dtype),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from aidocks.checkpoints.files import OutputFile
+from aidocks.checkpoints.layout import CAUSAL_ENDINGS
 from aidocks.checkpoints.writer import parse_size
 from aidocks.errors import IncompatibleModels
 from aidocks.evaluate.objectives import ObjectiveSource, resolve_objective, size_objective
@@ -28,7 +28,7 @@ from aidocks.merge.evolve.report import (
     scores_of,
     sections,
 )
-from aidocks.models.converting import ConvertPickles, conversions
+from aidocks.models.converting import conversions
 from aidocks.models.hub import fetch_missing, require_token
 from aidocks.models.names import derive_name
 from aidocks.models.publication import Staged, find_published, publish, upload
@@ -38,8 +38,6 @@ from aidocks.specs.merge_evolve import MergeEvolveSpec
 from aidocks.specs.merge_evolve_result import MergeEvolveResult
 from aidocks.specs.merge_result import MergeResult
 from aidocks.specs.merge_settings import split_reference
-
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
 class MergeEvolve(Operation[MergeEvolveSpec, MergeEvolveResult]):
@@ -64,7 +62,7 @@ class MergeEvolve(Operation[MergeEvolveSpec, MergeEvolveResult]):
         references = self.inputs(spec)
         if any(context.resolver.needs_download(r, field=field) for field, r in references.items()):
             return
-        converted, units = _conversions(references, context)
+        converted, units = conversions(references, context.resolver, context.workspace)
         if not units:
             build = _start(spec, context, converted)
             _size(spec, objectives, build.last.target.tokenizer)
@@ -75,8 +73,8 @@ class MergeEvolve(Operation[MergeEvolveSpec, MergeEvolveResult]):
         result = find_published(name, MergeEvolveResult, context)
         if result is None:
             references = self.inputs(spec)
-            fetched = yield from fetch_missing(references.values(), context)
-            converted, units = _conversions(references, context)
+            fetched = yield from fetch_missing(references, context)
+            converted, units = conversions(references, context.resolver, context.workspace)
             if units:
                 yield Stage("convert", units)
             start = _start(spec, context, converted)
@@ -101,8 +99,7 @@ def _make(
     genome = checked_genome(spec)
     merged = yield from start.run(name)
     objectives = _size(spec, _resolve(spec, context), start.last.directory)
-    mapping = yield from _map_vocabulary(start, context)
-    search = Evolution(spec, genome, objectives, Candidates(spec, start.last, mapping), context.say)
+    search = Evolution(spec, genome, objectives, Candidates(spec, start.last, start.mapping), context.say)
     context.say(
         f"Searching {len(genome.variables)} values by {objectives[0].label}: {search.size} candidates a generation."
     )
@@ -116,17 +113,9 @@ def _make(
     return publish(staged, "merge-evolve", spec, result, context)
 
 
-def _conversions(
-    references: Mapping[str, str], context: PlanContext
-) -> tuple[dict[str, Path], tuple[ConvertPickles, ...]]:
-    """Return where models that are stored as PyTorch files will lie, and the units that write them."""
-    models = {field: name for field, name in references.items() if not field.endswith(".lora")}
-    return conversions(models, context.resolver, context.workspace)
-
-
 def _require_space(start: MergeBuild) -> None:
     """Raise InsufficientDisk for too little room: the merge that the search begins with stays until the end."""
-    start.require_space(kept=-sum(file.nbytes for file in start.last.files))
+    start.require_space(further=sum(file.nbytes for file in start.last.files))
 
 
 def _start(spec: MergeEvolveSpec, context: PlanContext, converted: Mapping[str, Path]) -> MergeBuild:
@@ -138,7 +127,7 @@ def _start(spec: MergeEvolveSpec, context: PlanContext, converted: Mapping[str, 
     inside = replace(context, workspace=context.workspace / "start")
     build = MergeBuild(spec.merge(checked_genome(spec).initial), inside, converted)
     target, first = build.last.target, next(iter(build.last.members))
-    if not target.class_name.endswith(_CAUSAL):
+    if not target.class_name.endswith(CAUSAL_ENDINGS):
         raise IncompatibleModels(
             f"The model {first!r} is not a causal language model, but: {target.class_name or 'none'}.",
             field="models",
@@ -149,19 +138,6 @@ def _start(spec: MergeEvolveSpec, context: PlanContext, converted: Mapping[str, 
     if isinstance(longest, int):
         require_context(first, longest, spec.seqlen)
     return build
-
-
-def _map_vocabulary(
-    start: MergeBuild, context: PlanContext
-) -> Generator[Stage, list[Any], OutputFile | None]:
-    """Write which rows of the models the rows of the vocabulary are, where they move."""
-    vocabulary = start.last.vocabulary
-    if vocabulary is None or not vocabulary.changes:
-        return None
-    written: list[WrittenFiles] = yield Stage(
-        "vocabulary", (vocabulary.unit(context.workspace / "vocabulary"),)
-    )
-    return written[0].files[0]
 
 
 def _resolve(spec: MergeEvolveSpec, context: PlanContext) -> tuple[ObjectiveSource, ...]:

@@ -62,7 +62,7 @@ class ExtractLora(Operation[ExtractLoraSpec, ExtractLoraResult]):
         result = find_published(name, ExtractLoraResult, context)
         if result is None:
             references = self.inputs(spec)
-            yield from fetch_missing(references.values(), context)
+            yield from fetch_missing(references, context)
             converted, units = conversions(references, context.resolver, context.workspace)
             if units:
                 _require_space_to_convert(units, context)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from aidocks.checkpoints.dtypes import DTYPE_BITS
+from aidocks.checkpoints.dtypes import DTYPE_BITS, stored_name
 from aidocks.checkpoints.header import TensorEntry
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.errors import IncompatibleModels, InvalidSpec
@@ -21,7 +21,7 @@ from aidocks.merge.vocabulary import EMBEDDINGS
 from aidocks.specs.extract_lora import ExtractLoraSpec
 from aidocks.specs.patterns import compile_pattern
 
-_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_FACTOR_TYPES = ("F32", "F16", "BF16")
 #: Families whose linear layers store inputs x outputs.
 _TRANSPOSED = frozenset({"gpt2", "imagegpt", "openai-gpt"})
 #: In memory, experts are one tensor and routers no linear layers: LoRA of PEFT has no factors for them.
@@ -56,12 +56,12 @@ class Extraction:
     def dtype(self) -> str:
         """Type of the adapter's weights, in safetensors' spelling: as asked for, or that of most of the model."""
         if self.spec.dtype is not None:
-            return _STORED[self.spec.dtype]
+            return stored_name(self.spec.dtype)
         sizes: Counter[str] = Counter()
         for entry in self.tensors.values():
             sizes[entry.dtype] += entry.nbytes
         found = sizes.most_common(1)[0][0]
-        return found if found in _STORED.values() else "F32"
+        return found if found in _FACTOR_TYPES else "F32"
 
     @property
     def scale(self) -> float:
