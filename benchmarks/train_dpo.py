@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.comparison import Comparison
 from benchmarks.peers import data_dir
 from benchmarks.small_model import smol_base
-from benchmarks.train_locally import chosen_by_hand, parts, shown, together, train
+from benchmarks.train_locally import beside_base, chosen_by_hand, parts, shown, together, train
 
 #: Pairs that are measured, and others on which the settings below were chosen.
 REPORTED, CHOSEN_ON = 160, 60
@@ -28,23 +28,10 @@ def run() -> list[Comparison]:
     reported, *others = _parts()
     done = train(_request(others, reported))
     accuracy, margin = done.result.held_out
-    assert accuracy.before.value is not None
-    assert accuracy.after.value is not None
-    return [
-        Comparison(
-            "DPO of SmolLM2, share of held-out pairs that are right",
-            (accuracy.after.value,),
-            (accuracy.before.value,),
-            "base",
-            unit="",
-            facts={
-                **shown(accuracy),
-                "margin, nats": f"{shown(margin)['before']} -> {shown(margin)['after']}",
-                **done.facts,
-                "must reach": f"a change of {MUST_REACH}",
-            },
-        )
-    ]
+    title = "DPO of SmolLM2, share of held-out pairs that are right"
+    margins = f"{shown(margin)['before']} -> {shown(margin)['after']}"
+    must_reach = f"a change of {MUST_REACH}"
+    return [beside_base(title, accuracy, done, must_reach, **{"margin, nats": margins})]
 
 
 def _parts() -> list[Path]:

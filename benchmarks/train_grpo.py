@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.comparison import Comparison
 from benchmarks.peers import data_dir, scratch_dir
-from benchmarks.train_locally import chosen_by_hand, parts, shown, together, train
+from benchmarks.train_locally import beside_base, chosen_by_hand, parts, together, train
 
 #: Prompts that are measured, and others on which the settings below were chosen.
 REPORTED, CHOSEN_ON = 100, 50
@@ -36,18 +36,7 @@ def run() -> list[Comparison]:
     reported, *others = _parts()
     done = train(_request(others, reported))
     (held,) = done.result.held_out
-    assert held.before.value is not None
-    assert held.after.value is not None
-    return [
-        Comparison(
-            "GRPO of stories260k, held-out reward",
-            (held.after.value,),
-            (held.before.value,),
-            "base",
-            unit="",
-            facts={**shown(held), **done.facts, "must reach": f"z of {MUST_REACH}"},
-        )
-    ]
+    return [beside_base("GRPO of stories260k, held-out reward", held, done, f"z of {MUST_REACH}")]
 
 
 def _parts() -> list[Path]:

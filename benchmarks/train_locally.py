@@ -16,6 +16,7 @@ from typing import Any
 
 from aidocks.specs.train_llm_result import Comparison as Held
 from aidocks.specs.train_llm_result import LLMTrainResult
+from benchmarks.comparison import Comparison
 from benchmarks.peers import scratch_dir
 
 
@@ -71,6 +72,20 @@ def train(fields: dict[str, Any], told: Callable[[str], None] = lambda _: None) 
         return Run(LLMTrainResult.model_validate(job.result), seconds, cpu_seconds)
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def beside_base(title: str, held: Held, done: Run, must_reach: str, **facts: str) -> Comparison:
+    """Return what was measured on held-out rows after a training, beside the base."""
+    assert held.before.value is not None
+    assert held.after.value is not None
+    return Comparison(
+        title,
+        (held.after.value,),
+        (held.before.value,),
+        "base",
+        unit="",
+        facts={**shown(held), **facts, **done.facts, "must reach": must_reach},
+    )
 
 
 def parts(source: Path, key: str, counts: Sequence[int]) -> list[Path]:

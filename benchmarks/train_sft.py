@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.comparison import Comparison
 from benchmarks.peers import data_dir
 from benchmarks.small_model import smol_base
-from benchmarks.train_locally import chosen_by_hand, parts, shown, together, train
+from benchmarks.train_locally import beside_base, chosen_by_hand, parts, together, train
 
 #: Texts that are measured, and others on which the settings below were chosen.
 REPORTED, CHOSEN_ON = 100, 40
@@ -28,17 +28,9 @@ def run() -> list[Comparison]:
     reported, *others = _parts()
     done = train(_request(others, reported))
     (held,) = done.result.held_out
-    assert held.before.value is not None
-    assert held.after.value is not None
+    must_reach = f"ratio {MUST_REACH / BASE:.3f}"
     return [
-        Comparison(
-            "LoRA of SmolLM2 on GSM8K, held-out perplexity",
-            (held.after.value,),
-            (held.before.value,),
-            "base",
-            unit="",
-            facts={**shown(held), **done.facts, "must reach": f"ratio {MUST_REACH / BASE:.3f}"},
-        ),
+        beside_base("LoRA of SmolLM2 on GSM8K, held-out perplexity", held, done, must_reach),
         Comparison(
             "LoRA of SmolLM2 on GSM8K, from the request to the registry",
             (done.seconds,),
