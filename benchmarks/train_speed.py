@@ -74,7 +74,7 @@ def _step(batch: int, precision: str) -> tuple[Callable[[], None], float, int]:
     """Return what does one step, the operations of its products, and its tokens."""
     import torch
 
-    from aidocks.training.run import AdapterSettings, Hyperparameters, Rows, Training
+    from aidocks.training.run import AdapterSettings, LLMHyperparameters, LLMTraining, Rows
     from train.distributed import find_place
     from train.loop import trainer_arguments
     from train.methods import build_trainer
@@ -84,7 +84,7 @@ def _step(batch: int, precision: str) -> tuple[Callable[[], None], float, int]:
     rows.write_text(f'{{"text": "{_WORDS * 40}"}}\n' * batch)
     given = Rows(path=rows, sha256="0" * 64, count=batch)
     base = smol_base()
-    training = Training(
+    training = LLMTraining(
         job_id="train-speed",
         method="pretrain",
         base=base,
@@ -92,7 +92,7 @@ def _step(batch: int, precision: str) -> tuple[Callable[[], None], float, int]:
         tokenizer=base,
         train=given,
         adapter=AdapterSettings(),
-        hyper=Hyperparameters(
+        hyper=LLMHyperparameters(
             max_steps=1000, per_device_train_batch_size=batch, learning_rate=1e-4, max_length=LENGTH
         ),
         loss_on="all",

@@ -11,7 +11,7 @@ import torch
 
 from aidocks.errors import InvalidSpec
 from aidocks.specs.patterns import compile_pattern
-from aidocks.training.run import LOW_RANK, Training
+from aidocks.training.run import LOW_RANK, LLMTraining
 from train.distributed import Place
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ SCORE = "score"
 _NAMES_SHOWN = 12
 
 
-def adapter_config(training: Training, model: PreTrainedModel) -> PeftConfig | None:
+def adapter_config(training: LLMTraining, model: PreTrainedModel) -> PeftConfig | None:
     """Return PEFT's configuration of the adapter; None where the model itself is trained.
 
     Args:
@@ -139,7 +139,7 @@ def keep_exact(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def quantization(training: Training, place: Place) -> BitsAndBytesConfig | None:
+def quantization(training: LLMTraining, place: Place) -> BitsAndBytesConfig | None:
     """Return how the frozen weights are quantised: NF4 with quantised scales, computed in bfloat16, for ``qlora``.
 
     Raises:
@@ -227,7 +227,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def adapter_arguments(training: Training, model: Any) -> dict[str, Any]:
+def adapter_arguments(training: LLMTraining, model: Any) -> dict[str, Any]:
     """Return the settings of a low-rank adapter under the names that unsloth shares with PEFT."""
     config = adapter_config(training, model)
     assert config is not None

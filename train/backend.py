@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aidocks.errors import InvalidSpec
 from aidocks.merge.members import text_config
 from aidocks.training.methods import UNSLOTH_ADAPTERS, UNSLOTH_METHODS
-from aidocks.training.run import AdapterKind, Backend, Method, Training
+from aidocks.training.run import AdapterKind, Backend, LLMTraining, Method
 
 if TYPE_CHECKING:
     from train.distributed import Place
@@ -45,7 +45,7 @@ class Facts:
     unsloth: str | None
 
 
-def choose(training: Training, place: Place) -> tuple[Backend, str]:
+def choose(training: LLMTraining, place: Place) -> tuple[Backend, str]:
     """Choose what trains. To be called before anything imports trl, transformers or peft.
 
     Returns:
@@ -59,7 +59,7 @@ def choose(training: Training, place: Place) -> tuple[Backend, str]:
     return decide(training, Facts(place.gpu, place.world_size, architecture, _version_of("unsloth")))
 
 
-def decide(training: Training, facts: Facts) -> tuple[Backend, str]:
+def decide(training: LLMTraining, facts: Facts) -> tuple[Backend, str]:
     """Return what :func:`choose` does, for given facts."""
     if training.backend == "trl":
         return "trl", "TRL trains, as the request asks."
@@ -80,7 +80,7 @@ def decide(training: Training, facts: Facts) -> tuple[Backend, str]:
     return "unsloth", f"unsloth {facts.unsloth} trains: one GPU, and it has kernels for {facts.architecture}."
 
 
-def _obstacles(training: Training, facts: Facts) -> Iterator[str]:
+def _obstacles(training: LLMTraining, facts: Facts) -> Iterator[str]:
     """Yield what keeps unsloth from this training."""
     methods, adapters, least = UNSLOTH_METHODS, UNSLOTH_ADAPTERS, FROM_VERSION
     if not facts.gpu:

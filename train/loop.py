@@ -14,15 +14,16 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aidocks.checkpoints.files import write_text
 from aidocks.checkpoints.space import format_bytes
 from aidocks.errors import AIDocksError, InvalidSpec, MissingExtra
 from aidocks.telling import Told
 from aidocks.training.checkpoints import step_of
+from aidocks.training.kinds import FAMILIES
 from aidocks.training.launch import FAILURE_FILE, OUTCOME_FILE
-from aidocks.training.run import ONLINE_METHODS, Backend, History, Trained, Training
+from aidocks.training.run import Backend, History, Trained, Training
 from train.distributed import (
     Place,
     check_joined,
@@ -41,6 +42,28 @@ _ATTEMPTS_FILE = "attempts"
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "unsloth")
 _OF_BITSANDBYTES = ("8bit", "32bit")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+class Family(Protocol):
+    """What is particular to a kind of training: the package that `aidocks.training.kinds.FAMILIES` names has it."""
+
+    def choose_backend(self, training: Any, place: Place) -> tuple[Backend, str]:
+        """Choose what trains, before anything imports it; return that, and why, in a sentence for people."""
+        ...
+
+    def build_trainer(
+        self, training: Any, place: Place, backend: Backend, arguments: dict[str, Any], callbacks: list[Any]
+    ) -> Any:
+        """Load model and rows, apply the adapter, and return a transformers.Trainer that is ready to train."""
+        ...
+
+    def rows_left_out(self, trainer: Any, training: Any) -> tuple[str, ...]:
+        """Say how many rows the trainer has left out, and why."""
+        ...
+
+    def save_result(self, trainer: Any, training: Any) -> tuple[Path, ...]:
+        """Write what was trained to `training.output`, by the first process; return the files."""
+        ...
 
 
 def run(training: Training, reporter: Reporter) -> None:
@@ -70,9 +93,8 @@ def _run(training: Training, reporter: Reporter, workspace: Path) -> None:
     _check_packages(training)
     precision = choose_precision(training.precision, place, training.deepspeed is not None)
     training = training.model_copy(update={"precision": precision})
-    from train.backend import choose
-
-    backend, reason = choose(training, place)
+    family: Family = import_module(FAMILIES[training.kind])  # type: ignore[assignment]
+    backend, reason = family.choose_backend(training, place)
     gang = join(place, training.deepspeed is not None)
     if backend == "unsloth":
         import_module("train.unsloth_backend")  # before whatever imports transformers
@@ -82,16 +104,17 @@ def _run(training: Training, reporter: Reporter, workspace: Path) -> None:
         checkpoint = reporter.last_checkpoint()
         from train.callbacks import Checkpoints, Curves
         from train.memory import forget_peak
-        from train.methods import build_trainer
         from train.sampling import settle_order
 
         forget_peak(place)
         curves = Curves(training, reporter, checkpoint)
         arguments = trainer_arguments(training, place, Path(directory)) | gang
-        trainer = build_trainer(training, place, backend, arguments, [curves, Checkpoints(reporter, curves)])
+        trainer = family.build_trainer(
+            training, place, backend, arguments, [curves, Checkpoints(reporter, curves)]
+        )
         settle_order(trainer)
         reporter.tell(Told(kind="message", text=_beginning(training, place, reason, checkpoint)))
-        notes = rows_left_out(trainer, training)
+        notes = family.rows_left_out(trainer, training)
         for note in notes:
             reporter.tell(Told(kind="message", text=note))
         try:
@@ -99,7 +122,8 @@ def _run(training: Training, reporter: Reporter, workspace: Path) -> None:
         finally:
             curves.close()
         _require_steps(trainer, training)
-        _finish(trainer, training, place, curves, workspace, (backend, reason), attempt, notes)
+        files = family.save_result(trainer, training)
+        _finish(trainer, training, place, curves, workspace, (backend, reason), attempt, notes, files)
 
 
 def _require_steps(trainer: Any, training: Training) -> None:
@@ -156,27 +180,6 @@ def _keep_first_step(trainer: Any) -> None:
     trainer.create_scheduler = create_scheduler
 
 
-def rows_left_out(trainer: Any, training: Training) -> tuple[str, ...]:
-    """Say how many rows the trainer has left out because nothing of them could be learned.
-
-    The data were looked through before, but of large ones only a part is counted in tokens.
-    """
-    notes = []
-    # Of packed rows the trainer knows no number.
-    if not training.hyper.packing:
-        notes += _left_out(training.train.count, len(trainer.train_dataset), "rows are not trained on")
-    if training.held_out is not None and training.method not in ONLINE_METHODS:
-        measured = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
-        notes += _left_out(
-            training.held_out.count, measured, "held-out rows are not measured during the training"
-        )
-    return tuple(notes)
-
-
-def _left_out(given: int, left: int, what: str) -> list[str]:
-    return [f"{given - left} of {given} {what}: they are too long."] if left < given else []
-
-
 def trainer_arguments(training: Training, place: Place, directory: Path) -> dict[str, Any]:
     """Return the TrainingArguments of a training on one process, but those of its method and of its gang.
 
@@ -205,8 +208,6 @@ def trainer_arguments(training: Training, place: Place, directory: Path) -> dict
         "logging_steps",
         "seed",
     )
-    # An online method writes answers to measure: that is done after the training, not within.
-    measures = training.held_out is not None and training.method not in ONLINE_METHODS
     return (
         {name: getattr(hyper, name) for name in same}
         | {
@@ -220,13 +221,12 @@ def trainer_arguments(training: Training, place: Place, directory: Path) -> dict
             "gradient_checkpointing_kwargs": {"use_reentrant": False}
             if hyper.gradient_checkpointing
             else None,
-            "eval_strategy": "steps" if measures else "no",
+            "eval_strategy": "steps" if training.measures_loss else "no",
             "prediction_loss_only": True,
             "save_strategy": "steps",
             "save_total_limit": None,  # whoever keeps them removes the old ones
             "logging_strategy": "steps",
             "logging_nan_inf_filter": False,  # it hides what is to be found
-            "include_num_input_tokens_seen": "no" if training.method in ONLINE_METHODS else "non_padding",
             "report_to": list(training.report_to) if place.rank == 0 else [],
             "run_name": training.job_id,
             "disable_tqdm": True,
@@ -246,13 +246,12 @@ def _finish(
     backend: tuple[Backend, str],
     attempt: int,
     notes: tuple[str, ...],
+    files: tuple[Path, ...],
 ) -> None:
     import torch
 
     from train.memory import optimizer_bytes, parameter_counts, peak_bytes
-    from train.saving import save_result
 
-    files = save_result(trainer, training)
     accelerator = trainer.accelerator
     own = torch.tensor([[peak_bytes(place), optimizer_bytes(trainer.optimizer)]], device=accelerator.device)
     peaks, states = accelerator.gather(own).T.tolist()

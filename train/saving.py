@@ -11,14 +11,14 @@ import torch
 
 from aidocks.checkpoints.files import copy_file, sync_directory, sync_file, unfinished, write_text
 from aidocks.checkpoints.layout import ADAPTER_CONFIG_FILE, is_tokenizer_file, read_json_object
-from aidocks.training.run import Training
+from aidocks.training.run import LLMTraining
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # PEFT writes a card of its own; the registry's says what this adapter is.
 _CARD = "README.md"
 
 
-def save_result(trainer: Any, training: Training) -> tuple[Path, ...]:
+def save_result(trainer: Any, training: LLMTraining) -> tuple[Path, ...]:
     """Write what was trained, aside and then in one go, by the first process; return the files.
 
     Every process calls this: weights that ZeRO has shared out come together first.
@@ -49,7 +49,7 @@ def save_result(trainer: Any, training: Training) -> tuple[Path, ...]:
     return tuple(sorted(path for path in output.rglob("*") if path.is_file()))
 
 
-def _save_weights(trainer: Any, training: Training, state: dict[str, Any] | None, directory: Path) -> None:
+def _save_weights(trainer: Any, training: LLMTraining, state: dict[str, Any] | None, directory: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
         model.save_pretrained(directory, state_dict=state, safe_serialization=True)

@@ -15,12 +15,12 @@ os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 import unsloth  # isort: skip
 import torch
 
-from aidocks.training.run import LOW_RANK, Training
+from aidocks.training.run import LOW_RANK, LLMTraining
 from train.adapters import adapter_arguments, quantization
 from train.distributed import Place
 
 
-def load_model(training: Training, place: Place, precision: str) -> Any:
+def load_model(training: LLMTraining, place: Place, precision: str) -> Any:
     """Return the base with its adapter, ready for a trainer of TRL.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from aidocks.training.run import LOW_RANK, ONLINE_METHODS, AdapterKind, Hyperparameters, Method
+from aidocks.training.run import LOW_RANK, ONLINE_METHODS, AdapterKind, LLMHyperparameters, Method
 
 if TYPE_CHECKING:
     from aidocks.specs.train_llm import LLMTrainSpec
@@ -88,7 +88,7 @@ def steps(spec: LLMTrainSpec, rows: int) -> int:
     return max(1, math.ceil(spec.num_train_epochs * an_epoch))
 
 
-def hyperparameters(spec: LLMTrainSpec, rows: int, *, gpus: bool, longest: int | None) -> Hyperparameters:
+def hyperparameters(spec: LLMTrainSpec, rows: int, *, gpus: bool, longest: int | None) -> LLMHyperparameters:
     """See :meth:`aidocks.specs.train_llm.LLMTrainSpec.hyperparameters`."""
     per_device, accumulated = batches(spec)
     saved = spec.save_steps or min(max(steps(spec, rows) // 10, 20), 500)
@@ -96,7 +96,7 @@ def hyperparameters(spec: LLMTrainSpec, rows: int, *, gpus: bool, longest: int |
     checkpointing = spec.gradient_checkpointing
     if checkpointing is None:  # a prefix is a cache of keys and values, which checkpointing does without
         checkpointing = gpus and spec.adapter != "prefix_tuning"
-    return Hyperparameters(
+    return LLMHyperparameters(
         max_steps=spec.max_steps,
         num_train_epochs=spec.num_train_epochs,
         per_device_train_batch_size=per_device,

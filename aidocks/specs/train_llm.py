@@ -27,7 +27,7 @@ from aidocks.training.run import (
     LOW_RANK,
     AdapterKind,
     AdapterSettings,
-    Hyperparameters,
+    LLMHyperparameters,
     LossOn,
     Method,
 )
@@ -318,7 +318,7 @@ class LLMTrainSpec(TrainSpec):
 
     def hyperparameters(
         self, rows: int, *, gpus: bool = False, longest: int | None = None
-    ) -> Hyperparameters:
+    ) -> LLMHyperparameters:
         """Return all hyper-parameters, the open ones chosen; see :mod:`aidocks.specs.train_hyper`.
 
         Args:

@@ -19,9 +19,9 @@ from aidocks.training.resuming import Identity, require_same, require_steps_left
 from aidocks.training.run import (
     ONLINE_METHODS,
     WHOLE,
-    Hyperparameters,
+    LLMHyperparameters,
+    LLMTraining,
     Precision,
-    Training,
 )
 from aidocks.training.subject import Subject
 from aidocks.training.unit import TrainModel
@@ -45,7 +45,7 @@ class TrainingBuild:
         self._rows = found.data.train.count
         if spec.packing:
             self._rows = max(1, -(-found.data.summary.tokens // request.max_length))
-        self.hyper: Hyperparameters = spec.hyperparameters(
+        self.hyper: LLMHyperparameters = spec.hyperparameters(
             self._rows, gpus=found.device.cuda, longest=request.longest
         )
         self.fit: Fit = choose(self._setup(), spec.deepspeed, self._available())
@@ -154,11 +154,11 @@ class TrainingBuild:
             return Subject(name="result", model=base, adapter=self.output, **common)
         return Subject(name="result", model=self.request.context.workspace / "model", **common)
 
-    def _training(self) -> Training:
+    def _training(self) -> LLMTraining:
         request, spec, context = self.request, self.request.spec, self.request.context
         workspace = context.workspace / "training"
         resumed = request.resumed
-        return Training(
+        return LLMTraining(
             job_id=context.job_id,
             method=spec.method,
             base=request.base.path,
@@ -206,7 +206,7 @@ class TrainingBuild:
         return available_bytes(self.found.device, spec.workers, self._reserved, spec.spread_over_nodes)
 
 
-def _require_whole_step(spec: LLMTrainSpec, hyper: Hyperparameters, prompts: int) -> None:
+def _require_whole_step(spec: LLMTrainSpec, hyper: LLMHyperparameters, prompts: int) -> None:
     """Refuse too few prompts: an online method leaves those out that do not fill a step."""
     if spec.method not in ONLINE_METHODS:
         return

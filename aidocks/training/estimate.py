@@ -18,7 +18,7 @@ from aidocks.training.run import (
     PREFERENCE_METHODS,
     WHOLE,
     AdapterSettings,
-    Hyperparameters,
+    LLMHyperparameters,
     Method,
     Precision,
 )
@@ -68,7 +68,7 @@ class Setup:
     shape: ModelShape
     method: Method
     adapter: AdapterSettings
-    hyper: Hyperparameters
+    hyper: LLMHyperparameters
     precision: Precision
     members: int = 1
     stage: Stage | None = None

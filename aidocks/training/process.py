@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from aidocks.errors import AIDocksError
-from aidocks.training.run import Training
+from aidocks.training.kinds import TRAINING
 
 #: Number of the process that started this one, which shall not outlive it.
 STARTER = "AIDOCKS_STARTED_BY"
@@ -23,13 +23,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train what a JSON file of a `Training` says; return the exit code."""
+    """Train what a JSON file of a training says; return the exit code."""
     _end_with_starter()
     given = sys.argv[1:] if arguments is None else arguments
     if len(given) != 1:
         sys.stderr.write("usage: python -m aidocks.training.process training.json\n")
         return 2
-    training = Training.model_validate_json(Path(given[0]).read_bytes())
+    training = TRAINING.validate_json(Path(given[0]).read_bytes())
     # By name, because the loops lie on a higher floor than the library.
     loop = importlib.import_module("train.loop")
     loop.prepare_environment()

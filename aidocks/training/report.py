@@ -22,7 +22,7 @@ from aidocks.training.run import (
     ONLINE_METHODS,
     AdapterSettings,
     History,
-    Hyperparameters,
+    LLMHyperparameters,
     Method,
 )
 from aidocks.training.samples import samples_section
@@ -210,7 +210,7 @@ def _signed(delta: float | None, error: float | None) -> str:
     return f"{delta:+.3g}" + ("" if error is None else f" ± {error:.1g}")
 
 
-def all_hyperparameters(hyper: Hyperparameters, adapter: AdapterSettings) -> dict[str, Any]:
+def all_hyperparameters(hyper: LLMHyperparameters, adapter: AdapterSettings) -> dict[str, Any]:
     """Return everything that was chosen for a training, under the names that a request calls it by."""
     settings = adapter.model_dump(mode="json", exclude={"kind"})
     named = {_ADAPTER_NAMES.get(name, name): value for name, value in settings.items()}

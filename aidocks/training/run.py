@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Method = Literal["sft", "pretrain", "dpo", "orpo", "kto", "reward", "grpo", "rloo"]
 AdapterKind = Literal["lora", "qlora", "dora", "prompt_tuning", "prefix_tuning", "full", "layers"]
-Backend = Literal["trl", "unsloth"]
+Backend = Literal["trl", "unsloth", "sentence-transformers"]
 #: On which tokens the loss is: all, those of the completion (the last answer), or those of every assistant turn.
 LossOn = Literal["all", "completion", "assistant"]
 Precision = Literal["float32", "bfloat16"]
@@ -88,7 +88,7 @@ class Reward(RewardRule):
 
 
 class Hyperparameters(_Part):
-    """Hyper-parameters under the names that transformers and TRL use. None of them is open any more."""
+    """What every training is told of its steps, under transformers' names. None of it is open any more."""
 
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps; None: as the epochs say.")
     num_train_epochs: float = Field(1.0, gt=0)
@@ -105,18 +105,7 @@ class Hyperparameters(_Part):
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_length: int = Field(1024, ge=8, description="Tokens of an example; what is longer is cut.")
-    max_prompt_length: int | None = Field(None, ge=1)
-    max_completion_length: int = Field(256, ge=1, description="Tokens that an online method writes.")
-    packing: bool = False
-    neftune_noise_alpha: float | None = Field(None, gt=0)
     gradient_checkpointing: bool = False
-    beta: float | None = Field(None, ge=0, description="Strength of the pull to the reference model.")
-    loss_type: str | None = None
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-    num_generations: int = Field(8, ge=2, description="Answers to each prompt in an online method.")
-    temperature: float = Field(1.0, gt=0)
     save_steps: int = Field(100, ge=1, description="Optimiser steps from one checkpoint to the next.")
     eval_steps: int = Field(100, ge=1, description="Optimiser steps from one held-out loss to the next.")
     logging_steps: int = Field(1, ge=1)
@@ -124,26 +113,38 @@ class Hyperparameters(_Part):
     seed: int = 0
 
 
-class Training(_Part):
-    """Everything that a process of a training needs to know."""
+class LLMHyperparameters(Hyperparameters):
+    """Those of a language model, with what TRL calls them."""
 
+    max_prompt_length: int | None = Field(None, ge=1)
+    max_completion_length: int = Field(256, ge=1, description="Tokens that an online method writes.")
+    packing: bool = False
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    beta: float | None = Field(None, ge=0, description="Strength of the pull to the reference model.")
+    loss_type: str | None = None
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    num_generations: int = Field(8, ge=2, description="Answers to each prompt in an online method.")
+    temperature: float = Field(1.0, gt=0)
+
+
+class Training(_Part):
+    """What the processes of every training need to know. What else belongs to its kind, its class adds."""
+
+    kind: str = Field(description="Which class this is; see `aidocks.training.kinds`.")
     job_id: str
-    method: Method
     base: Path = Field(description="Checkpoint directory of the model that is trained.")
     base_name: str = Field(
         description="The model as the request calls it; goes into the adapter's configuration."
     )
-    tokenizer: Path = Field(description="Directory of the tokenizer, chat template included.")
     train: Rows
     held_out: Rows | None = None
     adapter: AdapterSettings
     hyper: Hyperparameters
-    loss_on: LossOn = "completion"
-    rewards: tuple[Reward, ...] = ()
     precision: Precision | None = Field(
         None, description="Type of the frozen weights; None: as the device likes it."
     )
-    backend: Literal["auto", "trl", "unsloth"] = "auto"
     deepspeed: dict[str, Any] | None = Field(None, description="DeepSpeed's configuration; None: without it.")
     report_to: tuple[str, ...] = Field((), description="Trackers beside TensorBoard: mlflow, wandb.")
     max_failures: int = Field(
@@ -162,9 +163,40 @@ class Training(_Part):
     history: Path = Field(description="JSON file of all curves, written in the end (`History`).")
 
     @property
+    def what(self) -> str:
+        """What is done to the base, in a word or two."""
+        return self.kind
+
+    @property
     def zero_stage(self) -> int:
         """DeepSpeed's stage; 0 also without DeepSpeed."""
         return int(((self.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the loss of the held-out rows is measured while it trains."""
+        return self.held_out is not None
+
+
+class LLMTraining(Training):
+    """The training of a language model by one of TRL's methods."""
+
+    kind: Literal["llm"] = "llm"
+    method: Method
+    tokenizer: Path = Field(description="Directory of the tokenizer, chat template included.")
+    hyper: LLMHyperparameters
+    loss_on: LossOn = "completion"
+    rewards: tuple[Reward, ...] = ()
+    backend: Literal["auto", "trl", "unsloth"] = "auto"
+
+    @property
+    def what(self) -> str:
+        return self.method
+
+    @property
+    def measures_loss(self) -> bool:
+        # An online method writes answers to measure: that is done after the training, not within.
+        return super().measures_loss and self.method not in ONLINE_METHODS
 
 
 class Point(_Part):

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import OutputFile, hash_file
 from aidocks.plan import Gang, GangUnit, UnitContext
-from aidocks.training.run import History, Trained, Training
+from aidocks.training.kinds import AnyTraining
+from aidocks.training.run import History, Trained
 
 #: Below the job's workspace: where the training's own files are (`aidocks.training.launch`).
 WORKSPACE = "training"
@@ -31,7 +32,7 @@ class TrainModel(GangUnit[TrainedFiles]):
     result_type: ClassVar[type[BaseModel]] = TrainedFiles
     entry: ClassVar[str] = "train.members:train_model"
 
-    training: Training
+    training: AnyTraining
     members: int = Field(1, ge=1)
     cpus_per_member: float = 1.0
     gpus_per_member: float = 0.0
@@ -40,7 +41,7 @@ class TrainModel(GangUnit[TrainedFiles]):
 
     @property
     def label(self) -> str:
-        return f"{self.training.method} of {self.training.base_name}"
+        return f"{self.training.what} of {self.training.base_name}"
 
     @property
     def gang(self) -> Gang:

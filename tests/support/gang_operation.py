@@ -17,7 +17,7 @@ from aidocks.operations import Registration
 from aidocks.plan import Gang, GangUnit, Operation, Plan, PlanContext, Stage, UnitContext
 from aidocks.specs.base import OperationResult, Spec
 from aidocks.telling import Told
-from aidocks.training.run import AdapterSettings, Hyperparameters, Rows, Training
+from aidocks.training.run import AdapterSettings, LLMHyperparameters, LLMTraining, Rows
 
 REGISTRATION = Registration(
     "gang",
@@ -61,7 +61,7 @@ class AddUp(GangUnit[Total]):
 
     result_type = Total
     entry: ClassVar[str] = "tests.support.gang_operation:add_up"
-    training: Training
+    training: LLMTraining
     spec: GangSpec
 
     @property
@@ -108,9 +108,9 @@ class GangOperation(Operation[GangSpec, GangResult]):
         return GangResult(total=total.value, begun_at=total.begun_at)
 
 
-def make_training(spec: GangSpec, context: PlanContext) -> Training:
+def make_training(spec: GangSpec, context: PlanContext) -> LLMTraining:
     directory = context.workspace / "training"
-    return Training(
+    return LLMTraining(
         job_id=context.job_id,
         method="sft",
         base=Path("/none"),
@@ -118,7 +118,7 @@ def make_training(spec: GangSpec, context: PlanContext) -> Training:
         tokenizer=Path("/none"),
         train=Rows(path=Path("/none"), sha256="", count=1),
         adapter=AdapterSettings(),
-        hyper=Hyperparameters(learning_rate=1.0, save_total_limit=2),
+        hyper=LLMHyperparameters(learning_rate=1.0, save_total_limit=2),
         checkpoints=context.checkpoints_dir,
         output=directory / "output",
         tensorboard=directory / "tensorboard",

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aidocks.training.run import AdapterSettings, History, Hyperparameters, Point, Rows, Training
+from aidocks.training.run import AdapterSettings, History, LLMHyperparameters, LLMTraining, Point, Rows
 
 _SENTENCE = "once there was a little cat who liked to play in the big green park with her friend"
 _WORDS = _SENTENCE.split()
@@ -30,11 +30,11 @@ def small_training(
     adapter: str = "lora",
     adapter_settings: AdapterSettings | None = None,
     **given: Any,
-) -> Training:
-    """Return a training below ``directory``; keywords of `Hyperparameters` and of `Training` change it."""
+) -> LLMTraining:
+    """Return a training below ``directory``; keywords of `LLMHyperparameters` and of `LLMTraining` change it."""
     workspace = directory / "training"
     workspace.mkdir(parents=True)
-    names = Hyperparameters.model_fields.keys()
+    names = LLMHyperparameters.model_fields.keys()
     hyper: dict[str, Any] = {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
@@ -52,7 +52,7 @@ def small_training(
         "tokenizer": model,
         "train": write_rows(directory / "rows.jsonl"),
         "adapter": adapter_settings or AdapterSettings(kind=adapter, rank=4, alpha=8),  # type: ignore[arg-type]
-        "hyper": Hyperparameters(**hyper),
+        "hyper": LLMHyperparameters(**hyper),
         "loss_on": "all",
         "precision": "float32",
         "checkpoints": directory / "checkpoints",
@@ -61,13 +61,13 @@ def small_training(
         "story": workspace / "story.jsonl",
         "history": workspace / "history.json",
     }
-    return Training(**(settings | given))
+    return LLMTraining(**(settings | given))
 
 
-def curve(training: Training) -> list[float]:
+def curve(training: LLMTraining) -> list[float]:
     """Return the losses of all steps, in their order."""
     return [point.loss for point in points(training) if point.loss is not None]
 
 
-def points(training: Training) -> tuple[Point, ...]:
+def points(training: LLMTraining) -> tuple[Point, ...]:
     return History.model_validate_json(training.history.read_bytes()).points

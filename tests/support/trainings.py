@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aidocks.checkpoints.files import hash_file
-from aidocks.training.run import AdapterSettings, Hyperparameters, Method, Rows, Training
+from aidocks.training.run import AdapterSettings, LLMHyperparameters, LLMTraining, Method, Rows
 
 #: A template whose answers end with the token that ends a text.
 TEMPLATE = (
@@ -78,7 +78,7 @@ def make_training(
     adapter: Mapping[str, Any] | None = None,
     hyper: Mapping[str, Any] | None = None,
     **further: Any,
-) -> Training:
+) -> LLMTraining:
     """Return a training of a few steps below ``directory``, which it makes.
 
     Args:
@@ -90,7 +90,7 @@ def make_training(
         template: Chat template of the tokenizer.
         adapter: Fields of `AdapterSettings`.
         hyper: Fields of `Hyperparameters`.
-        further: Fields of `Training`.
+        further: Fields of `LLMTraining`.
     """
     from transformers import AutoTokenizer
 
@@ -99,7 +99,7 @@ def make_training(
     tokenizer.chat_template = template
     tokenizer.save_pretrained(directory / "tokenizer")
     settings = {"learning_rate": 5e-3, "per_device_train_batch_size": 8, "max_length": 128, "max_steps": 4}
-    return Training(
+    return LLMTraining(
         job_id="job-of-a-test",
         method=method,
         base=base,
@@ -108,7 +108,7 @@ def make_training(
         train=write_rows(directory / "train.jsonl", rows),
         held_out=write_rows(directory / "held_out.jsonl", held_out) if held_out is not None else None,
         adapter=AdapterSettings(**({"rank": 8, "alpha": 16} | dict(adapter or {}))),
-        hyper=Hyperparameters(**(settings | {"lr_scheduler_type": "constant"} | dict(hyper or {}))),
+        hyper=LLMHyperparameters(**(settings | {"lr_scheduler_type": "constant"} | dict(hyper or {}))),
         precision=further.pop("precision", "float32"),
         checkpoints=directory / "checkpoints",
         output=directory / "output",
@@ -119,7 +119,7 @@ def make_training(
     )
 
 
-def build(training: Training, directory: Path, **arguments: Any) -> Any:
+def build(training: LLMTraining, directory: Path, **arguments: Any) -> Any:
     """Return the trainer of a training on the CPU, in one process."""
     from train.distributed import Place
     from train.methods import build_trainer

@@ -6,9 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from aidocks.training.methods import require_adapter, require_loss
-from aidocks.training.run import Backend, Method, Training
+from aidocks.training.run import ONLINE_METHODS, Backend, LLMTraining, Method
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import transformers
 
     from train.distributed import Place
@@ -26,8 +28,15 @@ _MODULES: dict[Method, str] = {
 }
 
 
+def choose_backend(training: LLMTraining, place: Place) -> tuple[Backend, str]:
+    """See :func:`train.backend.choose`."""
+    from train.backend import choose
+
+    return choose(training, place)
+
+
 def build_trainer(
-    training: Training,
+    training: LLMTraining,
     place: Place,
     backend: Backend,
     arguments: dict[str, Any],
@@ -60,3 +69,31 @@ def build_trainer(
     module = importlib.import_module(f"train.methods.{_MODULES[training.method]}")
     trainer: transformers.Trainer = module.build(Request(training, place, backend, arguments, callbacks))
     return trainer
+
+
+def rows_left_out(trainer: Any, training: LLMTraining) -> tuple[str, ...]:
+    """Say how many rows the trainer has left out because nothing of them could be learned.
+
+    The data were looked through before, but of large ones only a part is counted in tokens.
+    """
+    notes = []
+    # Of packed rows the trainer knows no number.
+    if not training.hyper.packing:
+        notes += _left_out(training.train.count, len(trainer.train_dataset), "rows are not trained on")
+    if training.held_out is not None and training.method not in ONLINE_METHODS:
+        measured = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
+        notes += _left_out(
+            training.held_out.count, measured, "held-out rows are not measured during the training"
+        )
+    return tuple(notes)
+
+
+def _left_out(given: int, left: int, what: str) -> list[str]:
+    return [f"{given - left} of {given} {what}: they are too long."] if left < given else []
+
+
+def save_result(trainer: Any, training: LLMTraining) -> tuple[Path, ...]:
+    """See :func:`train.saving.save_result`."""
+    from train.saving import save_result
+
+    return save_result(trainer, training)

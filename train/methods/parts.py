@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from aidocks.errors import InvalidSpec
-from aidocks.training.run import WHOLE, Backend, Precision, Training
+from aidocks.training.run import ONLINE_METHODS, WHOLE, Backend, LLMTraining, Precision
 from train.adapters import adapter_config, begin_prefix, keep_exact, quantization, train_only
 from train.distributed import Place
 from train.methods.rows import load_rows, require_some, words_of
@@ -31,7 +31,7 @@ PAIR = ("prompt", "chosen", "rejected", "tools")
 class Request:
     """What :func:`train.methods.build_trainer` is asked for; see there."""
 
-    training: Training
+    training: LLMTraining
     place: Place
     backend: Backend
     arguments: Mapping[str, Any]
@@ -62,7 +62,9 @@ class Request:
             kind: TRL's class of the method's arguments.
             own: Those of the method; None leaves TRL's default.
         """
-        given = {"bf16": self.precision == "bfloat16"} | {k: v for k, v in own.items() if v is not None}
+        counted = "no" if self.training.method in ONLINE_METHODS else "non_padding"
+        given = {"bf16": self.precision == "bfloat16", "include_num_input_tokens_seen": counted}
+        given |= {name: value for name, value in own.items() if value is not None}
         return kind(**{**self.arguments, **given})
 
 

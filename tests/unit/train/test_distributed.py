@@ -18,7 +18,7 @@ from aidocks.errors import InvalidSpec
 from aidocks.training.checkpoints import checkpoint_name
 from aidocks.training.launch import _environment, _free_port, read_outcome
 from aidocks.training.process import STARTER
-from aidocks.training.run import Training
+from aidocks.training.run import LLMTraining
 from tests.support.small_training import curve, small_training
 from train.distributed import Place, check_joined, check_same_beginning, choose_precision
 from train.zero import completed
@@ -39,11 +39,11 @@ def _wait_for(members: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> dict[str, Training]:
+def trained(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> dict[str, LLMTraining]:
     """One gang of two that trains one after another, since most of the time goes into imports."""
     root = tmp_path_factory.mktemp("gang")
 
-    def make(name: str, how: str, **given: object) -> Training:
+    def make(name: str, how: str, **given: object) -> LLMTraining:
         return small_training(
             root / name,
             stories260k,
@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> dict
             **given,
         )
 
-    trainings: dict[str, Training] = {}
+    trainings: dict[str, LLMTraining] = {}
     # Those without DeepSpeed first: after its stage 3 a process divides whatever it loads.
     for name in ("lora-ddp", "full-ddp", *_ZERO):
         trainings[name] = make(name, name)
@@ -86,7 +86,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> dict
 
 @pytest.mark.parametrize("name", _RESUMED)
 def test_a_gang_goes_on_in_a_later_epoch_as_if_it_had_not_died(
-    name: str, trained: dict[str, Training]
+    name: str, trained: dict[str, LLMTraining]
 ) -> None:
     again = trained[f"{name} again"]
     assert read_outcome(again.story.parent).resumed_from == 5
@@ -94,13 +94,13 @@ def test_a_gang_goes_on_in_a_later_epoch_as_if_it_had_not_died(
 
 
 @pytest.mark.parametrize("name", _ZERO)
-def test_stages_of_zero_have_the_curve_of_plain_ddp(name: str, trained: dict[str, Training]) -> None:
+def test_stages_of_zero_have_the_curve_of_plain_ddp(name: str, trained: dict[str, LLMTraining]) -> None:
     plain = trained[name.partition("-")[0] + "-ddp"]
     assert curve(trained[name]) == pytest.approx(curve(plain), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", _ZERO)
-def test_stages_of_zero_share_out_the_optimiser_s_states(name: str, trained: dict[str, Training]) -> None:
+def test_stages_of_zero_share_out_the_optimiser_s_states(name: str, trained: dict[str, LLMTraining]) -> None:
     plain = read_outcome(trained[name.partition("-")[0] + "-ddp"].story.parent).optimizer_bytes
     shared = read_outcome(trained[name].story.parent).optimizer_bytes
     assert len(shared) == 2
@@ -108,7 +108,7 @@ def test_stages_of_zero_share_out_the_optimiser_s_states(name: str, trained: dic
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_what_stage_3_gathers_is_what_plain_ddp_writes(kind: str, trained: dict[str, Training]) -> None:
+def test_what_stage_3_gathers_is_what_plain_ddp_writes(kind: str, trained: dict[str, LLMTraining]) -> None:
     import torch
     from safetensors.torch import load_file
 
@@ -121,7 +121,7 @@ def test_what_stage_3_gathers_is_what_plain_ddp_writes(kind: str, trained: dict[
 
 
 def test_two_processes_have_the_curve_of_one(
-    trained: dict[str, Training], tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+    trained: dict[str, LLMTraining], tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from train.loop import run
     from train.reporter import LocalReporter

@@ -18,10 +18,11 @@ from aidocks.errors import InvalidSpec, MissingExtra
 from aidocks.telling import StoryReader
 from aidocks.training.checkpoints import complete_checkpoints
 from aidocks.training.launch import read_outcome
-from aidocks.training.run import AdapterSettings, Reward, Training
+from aidocks.training.run import AdapterSettings, LLMTraining, Reward
 from tests.support.small_training import curve, points, small_training, write_rows
 from tests.support.trainings import make_training
-from train.loop import _explaining_deepspeed, _explaining_lack_of_memory, rows_left_out, run
+from train.loop import _explaining_deepspeed, _explaining_lack_of_memory, run
+from train.methods import rows_left_out
 from train.reporter import LocalReporter
 
 #: Random in every step, so that going on is exact only with the random numbers of an undisturbed run.
@@ -38,7 +39,7 @@ def _environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> Training:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> LLMTraining:
     directory = tmp_path_factory.mktemp("undisturbed")
     held_out = write_rows(directory / "held_out.jsonl", 4)
     training = small_training(
@@ -53,7 +54,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> 
     return training
 
 
-def _again(training: Training, directory: Path, **given: Any) -> Training:
+def _again(training: LLMTraining, directory: Path, **given: Any) -> LLMTraining:
     """Return the same training elsewhere."""
     return small_training(
         directory / "again",
@@ -64,7 +65,7 @@ def _again(training: Training, directory: Path, **given: Any) -> Training:
     )
 
 
-def test_an_adapter_is_written_in_peft_s_layout_without_pickles(undisturbed: Training) -> None:
+def test_an_adapter_is_written_in_peft_s_layout_without_pickles(undisturbed: LLMTraining) -> None:
     trained = read_outcome(undisturbed.story.parent)
     names = {path.name for path in trained.files}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
@@ -77,7 +78,7 @@ def test_an_adapter_is_written_in_peft_s_layout_without_pickles(undisturbed: Tra
     assert trained.optimizer_bytes[0] == pytest.approx(8 * trained.trainable, rel=0.01)
 
 
-def test_what_was_measured_is_told_and_kept(undisturbed: Training) -> None:
+def test_what_was_measured_is_told_and_kept(undisturbed: LLMTraining) -> None:
     told = StoryReader(undisturbed.story).read()
     steps = [each.data["step"] for each in told if each.kind == "metrics" and "loss" in each.data]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -90,7 +91,7 @@ def test_what_was_measured_is_told_and_kept(undisturbed: Training) -> None:
     assert any(undisturbed.tensorboard.iterdir())
 
 
-def test_a_training_that_died_goes_on_as_if_it_had_not(undisturbed: Training, tmp_path: Path) -> None:
+def test_a_training_that_died_goes_on_as_if_it_had_not(undisturbed: LLMTraining, tmp_path: Path) -> None:
     """From a checkpoint at the end of an epoch, and with another number of checkpoints that are kept."""
     training = _again(undisturbed, tmp_path, save_total_limit=1)
     shutil.copytree(
@@ -105,7 +106,7 @@ def test_a_training_that_died_goes_on_as_if_it_had_not(undisturbed: Training, tm
 
 
 def test_a_training_that_died_after_its_last_step_does_no_further_one(
-    undisturbed: Training, tmp_path: Path
+    undisturbed: LLMTraining, tmp_path: Path
 ) -> None:
     """Its last checkpoint is in the middle of an epoch: transformers would go on with that."""
     training = _again(undisturbed, tmp_path)
@@ -119,7 +120,7 @@ def test_a_training_that_died_after_its_last_step_does_no_further_one(
 
 
 def test_another_job_s_checkpoint_is_the_beginning_in_the_middle_of_an_epoch(
-    undisturbed: Training, tmp_path: Path
+    undisturbed: LLMTraining, tmp_path: Path
 ) -> None:
     training = _again(
         undisturbed, tmp_path, resume=undisturbed.checkpoints / "checkpoint-00000002", save_steps=6
@@ -204,7 +205,7 @@ def test_an_online_training_goes_on_as_if_it_had_not_died(tmp_path: Path, storie
     """In its second epoch: prompts come in the order of that one, and answers are drawn alike."""
     rows = [{"prompt": f"Once upon a time there was {what}"} for what in ("a cat", "the sun", "Tom", "a car")]
 
-    def train(name: str, **given: Any) -> Training:
+    def train(name: str, **given: Any) -> LLMTraining:
         training = make_training(
             tmp_path / name,
             stories260k,

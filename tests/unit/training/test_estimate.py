@@ -23,7 +23,7 @@ from aidocks.training.estimate import (
     memory_of,
 )
 from aidocks.training.fitting import CALL_S_CPU, available_bytes, choose, deepspeed_config, sentence
-from aidocks.training.run import AdapterSettings, Hyperparameters
+from aidocks.training.run import AdapterSettings, LLMHyperparameters
 from aidocks.training.shapes import ModelShape, shape_of
 
 BILLION = ModelShape(
@@ -39,7 +39,7 @@ BILLION = ModelShape(
     vocabulary=32_000,
     context=4096,
 )
-HYPER = Hyperparameters(learning_rate=1e-4, per_device_train_batch_size=4, max_length=512)
+HYPER = LLMHyperparameters(learning_rate=1e-4, per_device_train_batch_size=4, max_length=512)
 FULL = Setup(BILLION, "sft", AdapterSettings(kind="full"), HYPER, "bfloat16", members=4, cuda=True)
 
 

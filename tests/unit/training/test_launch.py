@@ -20,7 +20,7 @@ from aidocks._root import service_root
 from aidocks.errors import InvalidSpec, JobCancelled, WorkerLost
 from aidocks.telling import StoryReader
 from aidocks.training.launch import FAILURE_FILE, launch, read_outcome
-from aidocks.training.run import Training
+from aidocks.training.run import LLMTraining
 from tests.support.small_training import curve, points, small_training
 
 _TICK = 0.02
@@ -100,7 +100,7 @@ def test_members_end_with_the_process_that_started_them(tmp_path: Path, stories2
     (tmp_path / "given.json").write_text(training.model_dump_json())
     code = (
         "import sys; from pathlib import Path; from aidocks.training.launch import launch;"
-        "from aidocks.training.run import Training; t = Training.model_validate_json(Path(sys.argv[1]).read_text());"
+        "from aidocks.training.kinds import TRAINING; t = TRAINING.validate_json(Path(sys.argv[1]).read_text());"
         "launch(t, t.story.parent, members=1, threads=1)"
     )
     starter = subprocess.Popen(
@@ -143,4 +143,4 @@ def test_processes_that_end_without_a_word_are_lost_with_their_last_words(tmp_pa
 
 def test_a_training_survives_its_file(tmp_path: Path, stories260k: Path) -> None:
     training = small_training(tmp_path / "file", stories260k)
-    assert Training.model_validate_json(training.model_dump_json()) == training
+    assert LLMTraining.model_validate_json(training.model_dump_json()) == training

@@ -20,7 +20,7 @@ from aidocks.training.report import (
     shown,
     verdict_sentence,
 )
-from aidocks.training.run import AdapterSettings, History, Hyperparameters, Point
+from aidocks.training.run import AdapterSettings, History, LLMHyperparameters, Point
 from aidocks.training.samples import asked_of, told, whole_text
 
 POINTS = tuple(
@@ -98,8 +98,8 @@ def test_the_card_tells_data_figures_samples_and_settings() -> None:
 
 
 def test_the_card_shows_settings_that_do_something() -> None:
-    chosen = all_hyperparameters(Hyperparameters(learning_rate=1e-4), AdapterSettings())
-    assert set(Hyperparameters.model_fields) < set(chosen)
+    chosen = all_hyperparameters(LLMHyperparameters(learning_rate=1e-4), AdapterSettings())
+    assert set(LLMHyperparameters.model_fields) < set(chosen)
 
     def shown_for(**changes: Any) -> set[str]:
         sections = {s.title: s for s in card_sections(result(hyperparameters=chosen, **changes))}
