@@ -15,8 +15,8 @@ from aidocks.training.data.rows import BadRow, DataSource, Faults
 from aidocks.training.run import LossOn, Method
 
 #: A file of at most so many bytes is checked as a whole when a request comes in; of a larger one, so many rows.
-_CHECKED_BYTES = 64 << 20
-_CHECKED_ROWS = 10_000
+CHECKED_BYTES = 64 << 20
+CHECKED_ROWS = 10_000
 
 
 class Numbered(NamedTuple):
@@ -182,9 +182,9 @@ def check_data(
         spoken=spoken,
         field=field,
     )
-    whole = source.bytes <= _CHECKED_BYTES
+    whole = source.bytes <= CHECKED_BYTES
     usable = characters = 0
-    for row in examples.read(None if whole else _CHECKED_ROWS):
+    for row in examples.read(None if whole else CHECKED_ROWS):
         usable += 1
         characters += len(row.line)
     return Checked(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from aidocks.checkpoints.files import OutputFile, sync_directory, unfinished
+from aidocks.checkpoints.files import OutputFile
 from aidocks.errors import InvalidSpec
 from aidocks.plan import Unit, UnitContext
 from aidocks.specs.train_data import DataFormat, DataSummary, LengthSummary, held_out_count
@@ -21,6 +18,7 @@ from aidocks.training.data.examples import Examples, Numbered
 from aidocks.training.data.formats import describe_layout
 from aidocks.training.data.measure import Measured
 from aidocks.training.data.rows import DataSource, describe_skipped
+from aidocks.training.data.rows_file import RowsFile, rows_file
 from aidocks.training.data.split import choose_held_out
 from aidocks.training.run import LossOn, Method, Rows
 
@@ -78,59 +76,6 @@ class PrepareData(Unit[Prepared]):
         return _Preparation(self).run()
 
 
-class _RowsFile:
-    """A JSONL file that appears whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._aside = path, unfinished(path)
-        self._digest = hashlib.sha256()
-        self._stream: IO[bytes] | None = self._aside.open("wb")
-        self.count = 0
-
-    def write(self, line: bytes) -> None:
-        assert self._stream is not None, "the file is written before it is published"
-        self._stream.write(line + b"\n")
-        self._digest.update(line + b"\n")
-        self.count += 1
-
-    def publish(self) -> tuple[Rows, OutputFile]:
-        assert self._stream is not None, "a file is published once"
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        size = self._stream.tell()
-        self._stream.close()
-        self._stream = None
-        os.replace(self._aside, self._path)
-        sync_directory(self._path.parent)
-        sha256 = self._digest.hexdigest()
-        return Rows(path=self._path, sha256=sha256, count=self.count), OutputFile(
-            path=self._path, bytes=size, sha256=sha256
-        )
-
-    def lines(self) -> Iterator[bytes]:
-        """Yield what was written, before it is published."""
-        assert self._stream is not None, "the file is read before it is published"
-        self._stream.flush()
-        with self._aside.open("rb") as written:
-            for line in written:
-                yield line.rstrip(b"\n")
-
-    def discard(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        self._aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _rows_file(path: Path) -> Iterator[_RowsFile]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = _RowsFile(path)
-    try:
-        yield file
-    finally:
-        file.discard()
-
-
 class _Preparation:
     """One run of the unit."""
 
@@ -148,8 +93,8 @@ class _Preparation:
         unit = self._unit
         other: Examples | None = None
         with (
-            _rows_file(unit.directory / TRAIN_FILE) as train,
-            _rows_file(unit.directory / HELD_OUT_FILE) as held_out,
+            rows_file(unit.directory / TRAIN_FILE) as train,
+            rows_file(unit.directory / HELD_OUT_FILE) as held_out,
         ):
             if unit.eval_dataset is None:
                 chosen = self._divide(train, held_out)
@@ -181,10 +126,10 @@ class _Preparation:
         unit = self._unit
         return Measured(self._tokenizer, unit.method, unit.loss_on, unit.max_length)
 
-    def _divide(self, train: _RowsFile, held_out: _RowsFile) -> array[int]:
+    def _divide(self, train: RowsFile, held_out: RowsFile) -> array[int]:
         """Write both files from one data set; return for each of its usable rows whether it is held out."""
         groups = array("Q")
-        with _rows_file(self._unit.directory / "all.jsonl") as everything:
+        with rows_file(self._unit.directory / "all.jsonl") as everything:
             for row in self._usable(self._examples, self._measured):
                 groups.append(group_of(row.example))
                 everything.write(row.line)
@@ -196,7 +141,7 @@ class _Preparation:
                 (held_out if chosen[number] else train).write(line)
         return chosen
 
-    def _separate(self, other: Examples, train: _RowsFile, held_out: _RowsFile) -> array[int]:
+    def _separate(self, other: Examples, train: RowsFile, held_out: RowsFile) -> array[int]:
         """Write both files from two data sets; rows whose prompt is measured on are not trained on."""
         if other.conversational != self._examples.conversational:
             raise InvalidSpec(
@@ -231,7 +176,7 @@ class _Preparation:
             if measured.keep(row, examples.faults):
                 yield row
 
-    def _require_rows(self, train: _RowsFile, held_out: _RowsFile) -> None:
+    def _require_rows(self, train: RowsFile, held_out: RowsFile) -> None:
         if train.count == 0:
             raise InvalidSpec(
                 f"No row of {self._unit.dataset.name} is left to train on ({held_out.count} are held out).",

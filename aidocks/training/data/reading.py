@@ -10,14 +10,16 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from aidocks.errors import InvalidSpec, MissingExtra, PathNotAllowed
 from aidocks.evaluate.texts import allowed_file
 from aidocks.training.data.rows import BadRow, DataSource, RawRow, source_of_files
+
+RowT = TypeVar("RowT")
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 #: Of one file. What is in memory does not grow with it.
@@ -64,11 +66,23 @@ def read_rows(source: DataSource, *, field: str = "dataset") -> Iterator[RawRow]
         InvalidSpec: For a file that cannot be read at all.
         MissingExtra: For Parquet where pyarrow is not installed.
     """
-    rows = _all_rows(source, field)
-    if source.part is None:
-        yield from rows
+    yield from taken(source.part, lambda: _all_rows(source, field))
+
+
+def taken(part: str | None, read: Callable[[], Iterable[RowT]]) -> Iterator[RowT]:
+    """Yield the rows of a part.
+
+    Args:
+        part: As in :class:`DataSource`; None for all.
+        read: Begins to read all rows; called twice where the part depends on how many there are.
+
+    Raises:
+        InvalidSpec: It is no part.
+    """
+    if part is None:
+        yield from read()
     else:
-        yield from islice(rows, *_bounds(source.part, lambda: sum(1 for _ in _all_rows(source, field))))
+        yield from islice(read(), *_bounds(part, lambda: sum(1 for _ in read())))
 
 
 def _bounds(part: str, count: Callable[[], int]) -> tuple[int, int | None]:

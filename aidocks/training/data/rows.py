@@ -38,6 +38,9 @@ class DataSource(BaseModel):
     part: str | None = Field(
         None, description="Rows that are taken, such as `:1000` or `10%:20%`; None for all."
     )
+    beir: bool = Field(
+        False, description="Whether the files are those of a BEIR folder: passages, queries, judgements."
+    )
 
     @property
     def bytes(self) -> int:
