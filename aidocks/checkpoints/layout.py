@@ -22,6 +22,8 @@ _MAX_JSON_BYTES = 256 << 20
 #: Formats that are, or may hold, Python pickles: loading one can run code.
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _TRAVELS = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
+#: What a part in a sub-directory consists of.
+_OF_MODULES = frozenset({".json", ".safetensors", ".txt", ".model"})
 _LICENCES = ("license", "licence", "notice", "use_policy")
 # What describes the parent's training or this installation's bookkeeping, not the model's use.
 _STAYS = frozenset(
@@ -119,6 +121,42 @@ def weights_present(directory: Path) -> bool:
 def metadata_files(directory: Path) -> list[Path]:
     """Return what belongs beside new weights of the same model: tokenizer, template, licence and the like."""
     return sorted(path for path in directory.iterdir() if _travels(path.name) and path.is_file())
+
+
+def module_files(directory: Path) -> list[Path]:
+    """Return the files of a model's parts that lie in sub-directories of their own.
+
+    Those are the modules that sentence-transformers lists (pooling, dense layers), and adapters for tasks. Copies of
+    the weights in other formats, which lie in sub-directories, too, are not among them.
+    """
+    places = {place for place in _listed_modules(directory) if (directory / place).is_dir()}
+    for config in directory.glob(f"*/{ADAPTER_CONFIG_FILE}"):
+        # The adapter that a whole model was made with lies beside it for the record.
+        if config.parent.name != "adapter" and (config.parent / ADAPTER_FILE).is_file():
+            places.add(config.parent.name)
+    return sorted(
+        path
+        for place in places
+        for path in (directory / place).iterdir()
+        if path.is_file() and not path.name.startswith(".") and path.suffix in _OF_MODULES
+    )
+
+
+def _listed_modules(directory: Path) -> set[str]:
+    """Return the sub-directories that modules.json names, if there is one that can be read."""
+    path = directory / "modules.json"
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except (OSError, ValueError, RecursionError):
+        return set()
+    places = (
+        {one.get("path") for one in listed if isinstance(one, dict)} if isinstance(listed, list) else set()
+    )
+    return {
+        place
+        for place in places
+        if isinstance(place, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", place)
+    }
 
 
 def is_tokenizer_file(path: Path) -> bool:

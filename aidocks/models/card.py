@@ -17,7 +17,12 @@ from aidocks.models.manifest import Manifest, Parent, Section, Table
 CARD_FILE = "README.md"
 _MAX_CARD_BYTES = 4 << 20
 #: Parts of results that are no measurements; sections of their own tell them.
-_NO_METRICS = frozenset({"data", "estimate", "hyperparameters", "versions"})
+_NO_METRICS = frozenset({"data", "estimate", "hyperparameters", "prompts", "versions"})
+#: What hubs call models that find texts: our kind -> their task, and the class of sentence-transformers.
+_FINDING = {
+    "embedding": ("sentence-similarity", "SentenceTransformer"),
+    "reranker": ("text-ranking", "CrossEncoder"),
+}
 
 
 def card(manifest: Manifest) -> str:
@@ -66,7 +71,10 @@ def _front_matter(manifest: Manifest) -> dict[str, Any]:
     if licences:
         # Parents under different licences: their terms all apply, and no single identifier says so.
         front["license"] = licences.pop() if len(licences) == 1 else "other"
-    if _is_causal(manifest):
+    finding = _finding(manifest)
+    if finding is not None:
+        front["library_name"], front["pipeline_tag"] = "sentence-transformers", finding[0]
+    elif _is_causal(manifest):
         front["pipeline_tag"] = "text-generation"
     return front
 
@@ -152,6 +160,8 @@ def _parents(manifest: Manifest) -> str:
 
 
 def _usage(manifest: Manifest) -> str:
+    if _finding(manifest) is not None:
+        return _finding_usage(manifest)
     if _is_adapter(manifest):
         return _adapter_usage(manifest)
     kind = f"AutoModel{_head(manifest)}"
@@ -169,6 +179,35 @@ def _usage(manifest: Manifest) -> str:
             'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n"
         )
+    return f"## How to load it\n\n{_fenced('python', code)}"
+
+
+def _finding(manifest: Manifest) -> tuple[str, str] | None:
+    """Return task and class of a model that finds texts; None of others."""
+    return _FINDING.get(str(manifest.metrics.get("kind")))
+
+
+def _finding_usage(manifest: Manifest) -> str:
+    """Say how a model that finds texts is loaded; an adapter by AIDocks, which keeps the head that belongs to it."""
+    embeds = manifest.metrics.get("kind") == "embedding"
+    if _is_adapter(manifest):
+        what = (
+            'embed(model, ["Where is it?"])'
+            if embeds
+            else 'rerank(model, "Where is it?", ["There.", "Never."])'
+        )
+        code = f'from aidocks import Client\n\nmodel = "{manifest.name}"\n'
+        code += f"with Client() as client:\n    print(client.{what})\n"
+        return f"## How to use it\n\n{_fenced('python', code)}"
+    kind = "SentenceTransformer" if embeds else "CrossEncoder"
+    code = (
+        f"from sentence_transformers import {kind}\n\n"
+        f'model = {kind}("{manifest.name}")  # this directory, or the model\'s id on a hub\n'
+    )
+    if embeds:
+        code += 'print(model.similarity(model.encode_query(["Where is it?"]), model.encode_document(["There."])))\n'
+    else:
+        code += 'print(model.rank("Where is it?", ["There.", "Never."]))\n'
     return f"## How to load it\n\n{_fenced('python', code)}"
 
 

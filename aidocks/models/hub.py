@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from aidocks.checkpoints.files import UNFINISHED
 from aidocks.errors import HubRefused, UnknownModel, UnsafeCheckpoint
 from aidocks.models.manifest import MANIFEST_FILE
-from aidocks.models.resolve import HUB_DUPLICATES, HUB_FILES, parse_hub_id
+from aidocks.models.resolve import HUB_DUPLICATES, HUB_FILES, HUB_TASKS, parse_hub_id
 from aidocks.plan import PlanContext, Stage, Unit, UnitContext
 
 #: What a repository of the hub is.
@@ -51,13 +51,16 @@ class FetchModel(Unit[FetchedModel]):
     result_type: ClassVar[type[BaseModel]] = FetchedModel
 
     reference: str = Field(description="org/name[@revision]")
+    code: bool = Field(
+        False, description="An admin allows it to bring Python code, which is downloaded, too."
+    )
 
     @property
     def label(self) -> str:
         return self.reference
 
     def run(self, context: UnitContext) -> FetchedModel:
-        path = fetch(self.reference, find_token())
+        path = fetch(self.reference, find_token(), code=self.code)
         return FetchedModel(reference=self.reference, path=path, revision=path.name)
 
 
@@ -73,7 +76,8 @@ def fetch_missing(
     needs_download = context.resolver.needs_download
     missing = sorted({name for field, name in references.items() if needs_download(name, field=field)})
     if missing:
-        yield Stage("fetch", tuple(FetchModel(reference=reference) for reference in missing))
+        units = (FetchModel(reference=name, code=name in context.remote_code) for name in missing)
+        yield Stage("fetch", tuple(units))
     return bool(missing)
 
 
@@ -117,12 +121,13 @@ def require_token() -> str:
     return token
 
 
-def fetch(reference: str, token: str | None) -> Path:
+def fetch(reference: str, token: str | None, *, code: bool = False) -> Path:
     """Download a model's weights (safetensors only), configuration and tokenizer; return its directory.
 
     Args:
         reference: ``org/name[@revision]``.
         token: For private and gated models.
+        code: Download its Python files, too; they are run only where an admin allows it.
 
     Raises:
         HubRefused: The hub does not give it, or cannot be reached; says what to do.
@@ -139,10 +144,12 @@ def fetch(reference: str, token: str | None) -> Path:
                 repo,
                 revision=revision,
                 token=token or False,
-                allow_patterns=[*HUB_FILES, *_PAPERS],
+                allow_patterns=[*HUB_FILES, *_PAPERS, *(["*.py"] if code else [])],
                 ignore_patterns=list(HUB_DUPLICATES),
             )
         )
+        if _may_have_tasks(path):
+            snapshot_download(repo, revision=path.name, token=token or False, allow_patterns=list(HUB_TASKS))
     if not weights_present(path):
         raise UnsafeCheckpoint(
             f"{reference} has no weights in safetensors format on the hub.",
@@ -150,6 +157,14 @@ def fetch(reference: str, token: str | None) -> Path:
             hint="Other formats can run code; take a revision or a copy that has model.safetensors.",
         )
     return path
+
+
+def _may_have_tasks(path: Path) -> bool:
+    """Tell whether a model is of a kind that comes with adapters for tasks, each in a sub-directory."""
+    from aidocks.checkpoints.layout import CONFIG_FILE, read_json_object
+
+    config = path / CONFIG_FILE
+    return config.is_file() and read_json_object(config).get("model_type") == "jina_embeddings_v3"
 
 
 def publish(directory: Path, repo_id: str, *, token: str, private: bool) -> PublishedModel:

@@ -19,6 +19,7 @@ from aidocks.checkpoints.layout import (
     CONFIG_FILE,
     is_adapter,
     metadata_files,
+    module_files,
 )
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.space import require_space
@@ -36,10 +37,14 @@ def gather(checkpoint: Checkpoint, staged: Path, *, copy: bool) -> list[Manifest
     sources = [checkpoint.path / CONFIG_FILE, *checkpoint.weight_files, *checkpoint.metadata_files()]
     if checkpoint.weight_files != (checkpoint.path / SINGLE_FILE,):
         sources.append(checkpoint.path / INDEX_FILE)
+    sources += module_files(checkpoint.path)
+    if checkpoint.config.get("auto_map"):
+        # Only kept: it is run where an admin allows it (AIDOCKS_REMOTE_CODE_MODELS), and nowhere else.
+        sources += sorted(checkpoint.path.glob("*.py"))
     if copy:
         require_space(staged, sum(source.stat().st_size for source in sources))
     staged.mkdir(parents=True)
-    return [_bring(source.resolve(), staged / source.name, copy=copy) for source in sources]
+    return [_bring(source, checkpoint.path, staged, copy=copy) for source in sources]
 
 
 def import_manifest(
@@ -74,11 +79,11 @@ def _import_adapter(
     from aidocks.merge.adapter import read_adapter
 
     adapter = read_adapter(source)
-    sources = [*adapter.files, *metadata_files(source)]
+    sources = [*adapter.files, *metadata_files(source), *module_files(source)]
     if copy:
         require_space(staged, sum(path.stat().st_size for path in sources))
     staged.mkdir(parents=True)
-    files = [_bring(path.resolve(), staged / path.name, copy=copy) for path in sources]
+    files = [_bring(path, source, staged, copy=copy) for path in sources]
     hashes = {file.path: file.sha256 for file in files if file.path in (ADAPTER_CONFIG_FILE, ADAPTER_FILE)}
     parent = Parent(
         field="source",
@@ -135,12 +140,18 @@ def describe_source(checkpoint: Checkpoint, files: list[ManifestFile]) -> Parent
     )
 
 
-def _bring(source: Path, target: Path, *, copy: bool) -> ManifestFile:
+def _bring(path: Path, origin: Path, staged: Path, *, copy: bool) -> ManifestFile:
+    """Bring a file to the place in ``staged`` that it has in ``origin``, links followed."""
+    relative = path.relative_to(origin)
+    source, target = path.resolve(), staged / relative
+    target.parent.mkdir(exist_ok=True)
     if not copy:
         try:
             os.link(source, target)
-            return ManifestFile(path=target.name, bytes=target.stat().st_size, sha256=hash_file(target))
+            return ManifestFile(
+                path=relative.as_posix(), bytes=target.stat().st_size, sha256=hash_file(target)
+            )
         except OSError:
             pass  # another file system, or one without links
     output = copy_file(source, target)
-    return ManifestFile(path=target.name, bytes=output.bytes, sha256=output.sha256)
+    return ManifestFile(path=relative.as_posix(), bytes=output.bytes, sha256=output.sha256)

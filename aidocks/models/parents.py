@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -28,6 +28,9 @@ class DescribeParent(Unit[Parent]):
     reference: str = Field(description="As it was given.")
     directory: Path = Field(description="Checkpoint directory, or that of an adapter.")
     cache_dir: Path = Field(description="Where hashes of large files are kept.")
+    all_parts: bool = Field(
+        False, description="Whether sub-directories belong to it, and code of its own, which an admin allows."
+    )
 
     result_type: ClassVar[type[BaseModel]] = Parent
 
@@ -48,6 +51,8 @@ class DescribeParent(Unit[Parent]):
 
         if is_adapter(self.directory):
             return _describe_adapter(self.field, self.reference, self.directory, self.cache_dir)
+        if self.all_parts:
+            return _describe_parts(self.field, self.reference, self.directory, self.cache_dir)
         return describe_parent(self.field, self.reference, Checkpoint(self.directory), self.cache_dir)
 
 
@@ -62,16 +67,41 @@ def _describe_adapter(field: str, reference: str, directory: Path, cache_dir: Pa
     )
 
 
-def parent_units(members: Iterable[Named], cache_dir: Path) -> tuple[DescribeParent, ...]:
+def _describe_parts(field: str, reference: str, directory: Path, cache_dir: Path) -> Parent:
+    """Describe a model of several parts, in sub-directories: its configurations, weights and code all count."""
+    hashes = FileHashes(cache_dir)
+    digests = {}
+    for place in sorted({directory, *(path.parent for path in directory.rglob("*.safetensors"))}):
+        files = [path for path in sorted(place.iterdir()) if path.suffix in (".safetensors", ".json", ".py")]
+        digests[place.relative_to(directory).as_posix()] = combine_hashes(hashes.compute(files))
+    return Parent(
+        field=field,
+        reference=reference,
+        content_hash=combine_hashes(digests),
+        path_name=directory.name,
+        license=read_license(directory),
+    )
+
+
+def parent_units(
+    members: Iterable[Named], cache_dir: Path, in_parts: Collection[Path] = ()
+) -> tuple[DescribeParent, ...]:
     """Return the units that describe the parents of a model: one for each directory, however often it is named.
 
     Args:
         members: Of every parent: field, reference, checkpoint directory.
         cache_dir: Where hashes of large files are kept.
+        in_parts: Directories of those whose sub-directories belong to them.
     """
     first: dict[Path, DescribeParent] = {}
     for field, reference, directory in members:
-        unit = DescribeParent(field=field, reference=reference, directory=directory, cache_dir=cache_dir)
+        unit = DescribeParent(
+            field=field,
+            reference=reference,
+            directory=directory,
+            cache_dir=cache_dir,
+            all_parts=directory in in_parts,
+        )
         first.setdefault(directory, unit)
     return tuple(first.values())
 

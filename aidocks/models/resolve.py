@@ -19,9 +19,12 @@ _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9](?:[\w.-]{0,94}\w)?/[A-Za-z0-9](?:[\w.-]{0,94}\w)?)(?:@(?P<revision>[\w][\w./-]{0,199}))?",
     re.ASCII,
 )
-#: Patterns of what a hub model consists of, and of copies of the same weights in other layouts.
+#: Patterns of what a hub model consists of, and of copies of the same weights in other layouts: whatever lies in
+#: sub-directories, but for numbered ones (1_Pooling), which are modules of sentence-transformers.
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-HUB_DUPLICATES = ("*/*", "consolidated*.safetensors")
+HUB_DUPLICATES = ("[!0-9]*/*", "*/*/*", "consolidated*.safetensors")
+#: Patterns of adapters for tasks, each in a sub-directory of its own.
+HUB_TASKS = ("*/adapter_config.json", "*/adapter_model.safetensors")
 _FORMS = "Write a registry name, org/name[@revision], or a path below an allowed root ('/…' or './…')."
 
 
@@ -172,7 +175,9 @@ def refuse_escaping_links(directory: Path, allowed_roots: Sequence[Path], field:
     if not directory.is_dir():
         return
     roots = [os.path.realpath(root) for root in allowed_roots]
-    for entry in os.scandir(directory):
+    inner = [Path(entry.path) for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
+    # Modules of sentence-transformers lie one level below.
+    for entry in (entry for place in (directory, *inner) for entry in os.scandir(place)):
         target = Path(os.path.realpath(entry.path))
         if entry.is_symlink() and not any(target.is_relative_to(root) for root in roots):
             raise PathNotAllowed(

@@ -91,6 +91,24 @@ def test_the_way_to_load_it_is_sound_python() -> None:
         compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
+@pytest.mark.parametrize(
+    ("kind", "task", "name"),
+    [
+        ("embedding", "sentence-similarity", "SentenceTransformer"),
+        ("reranker", "text-ranking", "CrossEncoder"),
+    ],
+)
+def test_models_that_find_texts_are_told_as_such(kind: str, task: str, name: str) -> None:
+    for architecture in ("BertForSequenceClassification", "Qwen3ForCausalLM"):
+        text = card(manifest(architecture=architecture, metrics={"kind": kind, "prompts": {"query": "q"}}))
+        front = yaml.safe_load(text.split("---")[1])
+        assert (front["library_name"], front["pipeline_tag"]) == ("sentence-transformers", task)
+        code = text.split("```python\n")[1].split("```")[0]
+        compile(code, "card", "exec")
+        assert f"import {name}" in code
+        assert "prompts.query" not in text
+
+
 def test_parents_under_different_licences() -> None:
     parents = (parent(), parent("org/other", license="llama3"))
     assert front_matter(card(manifest(parents=parents)))["license"] == "other"

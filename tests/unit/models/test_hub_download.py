@@ -33,7 +33,8 @@ try:
     fetched = FetchModel(reference=reference).run(UnitContext(workspace=home))
     found = resolver.resolve(reference)
     assert found.path == fetched.path, (found, fetched)
-    said |= {"revision": found.revision, "files": sorted(path.name for path in found.path.iterdir()),
+    files = [str(path.relative_to(found.path)) for path in found.path.rglob("*") if path.is_file()]
+    said |= {"revision": found.revision, "files": sorted(files),
              "hash": Checkpoint(found.path).content_hash(home), "after": resolver.needs_download(reference)}
 except AIDocksError as error:
     said |= {"error": type(error).__name__, "message": str(error)}
@@ -64,18 +65,26 @@ class Answers(BaseHTTPRequestHandler):
             status, code = self.server.refusals[repo]
             return self.answer(b"{}", status, {"X-Error-Code": code, "X-Error-Message": code})
         if path.startswith("api/models/org/name/tree/"):
-            return self.answer(json.dumps([describe(file) for file in self.files()]).encode())
+            return self.answer(json.dumps([self.describe(file) for file in self.files()]).encode())
         if path.startswith("api/models/org/name"):
-            siblings = [{"rfilename": file.name} for file in self.files()]
+            siblings = [{"rfilename": self.relative(file)} for file in self.files()]
             return self.answer(json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode())
-        file = self.server.directory / path.rpartition("/")[2]
+        file = self.server.directory / "/".join(path.split("/")[4:])
         if path.startswith("org/name/resolve/") and file.is_file():
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{describe(file)["oid"]}"'}
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{self.describe(file)["oid"]}"'}
             return self.answer(file.read_bytes(), 200, headers)
         return self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
 
     def files(self) -> list[Path]:
-        return sorted(self.server.directory.iterdir())
+        return sorted(path for path in self.server.directory.rglob("*") if path.is_file())
+
+    def relative(self, file: Path) -> str:
+        return file.relative_to(self.server.directory).as_posix()
+
+    def describe(self, file: Path) -> dict[str, Any]:
+        content = file.read_bytes()
+        oid = hashlib.sha1(content).hexdigest()
+        return {"type": "file", "path": self.relative(file), "size": len(content), "oid": oid}
 
     def answer(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -87,11 +96,6 @@ class Answers(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
-
-
-def describe(file: Path) -> dict[str, Any]:
-    content = file.read_bytes()
-    return {"type": "file", "path": file.name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
 @pytest.fixture
@@ -142,6 +146,24 @@ def test_a_model_is_downloaded_once_and_found_afterwards(hub: Hub, tmp_path: Pat
     again = ask(hub, tmp_path / "home", "org/name", HF_HUB_OFFLINE="1")
     assert (again["before"], again["hash"]) == (False, first["hash"])
     assert not hub.asked
+
+
+def test_modules_and_adapters_for_tasks_come_along(hub: Hub, tmp_path: Path) -> None:
+    wanted = {
+        "modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
+        "retrieval_query/adapter_config.json", "retrieval_query/adapter_model.safetensors",
+    }  # fmt: skip
+    for name in (*wanted, "onnx/config.json", "onnx/model.safetensors", "2_Dense/pytorch_model.bin"):
+        (hub.directory / name).parent.mkdir(exist_ok=True)
+        (hub.directory / name).write_text("{}")
+    config = json.loads((hub.directory / "config.json").read_text())
+    (hub.directory / "config.json").write_text(json.dumps(config | {"model_type": "jina_embeddings_v3"}))
+
+    first = ask(hub, tmp_path / "home", "org/name")
+
+    assert wanted <= set(first["files"])
+    assert not [name for name in first["files"] if name.startswith("onnx") or name.endswith(".bin")]
+    assert not first["after"]
 
 
 def test_what_an_interrupted_download_lacks_is_fetched(hub: Hub, tmp_path: Path) -> None:
