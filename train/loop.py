@@ -39,7 +39,17 @@ if TYPE_CHECKING:
     from train.reporter import Reporter
 
 _ATTEMPTS_FILE = "attempts"
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "unsloth")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "sentence-transformers",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "unsloth",
+)
 _OF_BITSANDBYTES = ("8bit", "32bit")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 

@@ -51,7 +51,7 @@ class GroupedByLength(Sampler[int]):
         yield from ordered[whole:].tolist()
 
 
-class _FollowEpochs(TrainerCallback):
+class FollowEpochs(TrainerCallback):
     """Tells a sampler of the epoch: accelerate's loader does not, of one that is continued in several processes."""
 
     def __init__(self, set_epoch: Callable[[int], object]) -> None:
@@ -88,7 +88,7 @@ def _settle_prompts(trainer: Any) -> None:
         return sampler
 
     trainer._get_train_sampler = get_train_sampler
-    trainer.add_callback(_FollowEpochs(lambda epoch: generator.manual_seed(seed + epoch)))
+    trainer.add_callback(FollowEpochs(lambda epoch: generator.manual_seed(seed + epoch)))
 
 
 def _group_by_length(trainer: Any) -> None:
@@ -98,7 +98,7 @@ def _group_by_length(trainer: Any) -> None:
     )
     sampler = GroupedByLength(_lengths(trainer), batch, arguments.seed)
     trainer._get_train_sampler = lambda dataset=None: sampler
-    trainer.add_callback(_FollowEpochs(sampler.set_epoch))
+    trainer.add_callback(FollowEpochs(sampler.set_epoch))
 
 
 def _lengths(trainer: Any) -> list[int]:
