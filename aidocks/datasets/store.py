@@ -136,7 +136,7 @@ class DatasetStore:
         """
         filename = checked_filename(filename)
         if name is not None:
-            self._require_free(name)
+            self.require_free(name)
         self.sweep()
         return Upload(self, name, filename, self.room(announced or 0))
 
@@ -195,7 +195,13 @@ class DatasetStore:
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         return f"Did you mean {', '.join(close)}?" if close else f"Stored are {', '.join(names[:10])}{more}."
 
-    def _require_free(self, name: str) -> None:
+    def require_free(self, name: str) -> None:
+        """Refuse a name that no new data set can have.
+
+        Raises:
+            InvalidSpec: It cannot name one.
+            NameTaken: One has it.
+        """
         if not is_model_name(name) or FILE_ID.fullmatch(name):
             raise InvalidSpec(
                 f"{shorten(name)!r} cannot name a data set.",
@@ -314,7 +320,7 @@ class Upload:
         write_text(self._directory / DATASET_FILE, facts + "\n")
         with locked(store._dir):
             if self._name != self.id:
-                store._require_free(self._name)
+                store.require_free(self._name)
             store.room(self._file.size, published=True)
             try:
                 os.rename(self._directory, target)
