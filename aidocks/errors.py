@@ -272,6 +272,16 @@ class ServiceUnreachable(AIDocksError, ConnectionError):
     retryable = True
 
 
+class TooBusy(AIDocksError, RuntimeError):
+    """More waits to be computed than the service takes; a later request finds room."""
+
+    code = "too_busy"
+    title = "The service has too much to do"
+    http_status = 429
+    exit_code = 6
+    retryable = True
+
+
 class PortTaken(AIDocksError, OSError):
     """Another program listens on the port that the service would use."""
 

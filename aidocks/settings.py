@@ -43,6 +43,23 @@ class Settings(BaseSettings):
     )
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest file that is taken as a data set.")
     max_datasets_bytes: int = Field(50 << 30, ge=1, description="What all data sets may have together.")
+    remote_code_models: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(),
+        description="Models that may bring Python code of their own, separated by commas: `org/name@revision`, or "
+        "registry names.",
+    )
+    serving_replicas: int = Field(
+        1, ge=1, description="Processes that answer /embed and /rerank, at most; they end when nobody asks."
+    )
+    serving_gpus: float = Field(
+        0.0, ge=0, description="GPUs of each of them, or a part of one; 0: they compute on the processor."
+    )
+    serving_memory_bytes: int = Field(
+        4 << 30, ge=1, description="Weights that each of them keeps loaded; one model is kept however large."
+    )
+    serving_idle_s: float = Field(
+        600.0, ge=1, description="Seconds without a request after which they end, and free their memory."
+    )
     url: str | None = Field(None, description="Service that clients talk to. Default: http://host:port.")
 
     @field_validator("home", mode="after")
@@ -61,6 +78,13 @@ class Settings(BaseSettings):
     @classmethod
     def _split_hosts(cls, hosts: object) -> object:
         return tuple(host.strip() for host in hosts.split(",")) if isinstance(hosts, str) else hosts
+
+    @field_validator("remote_code_models", mode="before")
+    @classmethod
+    def _split_models(cls, models: object) -> object:
+        if isinstance(models, str):
+            return frozenset(name.strip() for name in models.split(",") if name.strip())
+        return models
 
     @property
     def service_url(self) -> str:

@@ -6,7 +6,8 @@ python -m benchmarks --list          their names, and what each compares
 
 Some compare with a program of another project, or need models that are not in this repository; they are skipped
 where ``AIDOCKS_BENCH_PEER`` (a directory of programs) or ``AIDOCKS_BENCH_DATA`` (a directory of models and texts)
-does not lead to them. ``AIDOCKS_BENCH_SCRATCH`` is where large files are made.
+does not lead to them; ``AIDOCKS_BENCH_EMBEDDER`` is the directory of an embedding model. ``AIDOCKS_BENCH_SCRATCH`` is
+where large files are made.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ NAMES = (
     "command_line",
     "health",
     "start_up",
+    "serve_embed",
     "scan",
     "scan_workers",
     "suffix",

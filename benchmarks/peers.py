@@ -29,6 +29,15 @@ def data_dir(inside: str = ".") -> Path:
     return _below("AIDOCKS_BENCH_DATA", "a directory of models and texts", inside)
 
 
+def embedding_model() -> Path:
+    """Return the sentence-transformers model that ``AIDOCKS_BENCH_EMBEDDER`` names: all-MiniLM-L6-v2 for our figures.
+
+    Raises:
+        NotAtHand: The variable is not set, or leads nowhere.
+    """
+    return _below("AIDOCKS_BENCH_EMBEDDER", "the directory of an embedding model", ".")
+
+
 def scratch_dir() -> Path:
     """Return where benchmarks put what they make once (``AIDOCKS_BENCH_SCRATCH``, else the system's temporary one)."""
     root = Path(os.environ.get("AIDOCKS_BENCH_SCRATCH") or Path(tempfile.gettempdir()) / "aidocks-bench")

@@ -192,6 +192,13 @@ def settings_environment(settings: Settings) -> dict[str, str]:
         "AIDOCKS_WORKERS": None if settings.workers is None else str(settings.workers),
         "AIDOCKS_URL": settings.url,
         "AIDOCKS_CHECKPOINT_RETENTION_DAYS": str(settings.checkpoint_retention_days),
+        "AIDOCKS_MAX_UPLOAD_BYTES": str(settings.max_upload_bytes),
+        "AIDOCKS_MAX_DATASETS_BYTES": str(settings.max_datasets_bytes),
+        "AIDOCKS_REMOTE_CODE_MODELS": ",".join(sorted(settings.remote_code_models)),
+        "AIDOCKS_SERVING_REPLICAS": str(settings.serving_replicas),
+        "AIDOCKS_SERVING_GPUS": str(settings.serving_gpus),
+        "AIDOCKS_SERVING_MEMORY_BYTES": str(settings.serving_memory_bytes),
+        "AIDOCKS_SERVING_IDLE_S": str(settings.serving_idle_s),
     }
     if settings.workers is None and not _has_gpu():
         values["AIDOCKS_WORKERS"] = str(os.cpu_count() or 1)

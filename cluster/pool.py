@@ -64,14 +64,23 @@ class RayPool:
     Args:
         workers: How many. Default: one for each GPU of the cluster, or for each of its CPUs.
         idle_release_s: After how many seconds an idle worker is released.
+        reserved_gpus: GPUs, or parts of one, that are left to others: workers share what remains.
     """
 
-    def __init__(self, workers: int | None = None, idle_release_s: float = IDLE_RELEASE_S) -> None:
+    def __init__(
+        self,
+        workers: int | None = None,
+        idle_release_s: float = IDLE_RELEASE_S,
+        *,
+        reserved_gpus: float = 0.0,
+    ) -> None:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus = int(resources.get("GPU", 0))
         self.parallelism = workers or gpus or max(1, int(resources.get("CPU", 1)))
         self._device = "cuda" if gpus else "cpu"
-        self._gpu_share = min(1.0, gpus / self.parallelism)
+        # Ray counts in ten-thousandths of a GPU.
+        free = math.floor(1e4 * max(0.0, gpus - reserved_gpus) / self.parallelism) / 1e4
+        self._gpu_share = min(1.0, max(1e-4, free)) if gpus else 0.0
         share = {"num_cpus": 0, "num_gpus": self._gpu_share} if gpus else {"num_cpus": 1}
         nodes = len([node for node in ray.nodes() if node["Alive"]])  # type: ignore[no-untyped-call]
         self._threads = max(1, (os.cpu_count() or 1) * nodes // self.parallelism)

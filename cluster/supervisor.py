@@ -109,7 +109,8 @@ class Supervisor:
 
     async def _supervise(self) -> None:
         self._token = await asyncio.to_thread(self._store.acquire_lease, PLACE, process_name())
-        self._pool = RayPool(self._settings.workers)
+        serving = self._settings.serving_replicas * self._settings.serving_gpus
+        self._pool = RayPool(self._settings.workers, reserved_gpus=serving)
         self._ready.set()
         _log.info("supervising %s with token %d", self._settings.store_url, self._token)
         renewal = swept = 0.0

@@ -22,8 +22,11 @@ from serve.document import describe
 from serve.gate import MAX_BODY_BYTES, MAX_FILE_BYTES, Gate
 from serve.pages import add_pages
 from serve.problems import handle_problems
-from serve.routes import datasets, health, jobs, models, openai, uploads
+from serve.retrieval.deployment import ComputeLink, NoCompute, ServeCompute, retrieval_application
+from serve.retrieval.waiting import MOST_WAITING_REQUESTS
+from serve.routes import datasets, health, jobs, models, openai, retrieve, uploads
 from serve.routes.operations import operations_router
+from serve.sse import MAX_STREAMS
 from serve.supervision import NoSupervisor, SupervisorLink
 
 if TYPE_CHECKING:
@@ -38,17 +41,26 @@ Optimise, combine and publish open-weight language models.
 
 
 def create_api(
-    settings: Settings, supervisor: SupervisorLink | None = None, *, returns_request_id: bool = True
+    settings: Settings,
+    supervisor: SupervisorLink | None = None,
+    *,
+    compute: ComputeLink | None = None,
+    returns_request_id: bool = True,
 ) -> FastAPI:
     """Return the application for one installation. It needs neither Ray nor torch.
 
     Args:
         settings: Of the installation.
         supervisor: Woken after each submission. Default: nobody; jobs wait in the store.
+        compute: Computes vectors and scores. Default: nobody; who asks for them is told so.
         returns_request_id: Put ``x-request-id`` into the answers; not where the server does so itself.
     """
     context = Context(
-        settings, JobStore(settings.store_url), Registry(settings.models_dir), supervisor or NoSupervisor()
+        settings,
+        JobStore(settings.store_url),
+        Registry(settings.models_dir),
+        supervisor or NoSupervisor(),
+        compute or NoCompute(),
     )
     api = FastAPI(
         title="AIDocks",
@@ -65,6 +77,7 @@ def create_api(
     # Routes in the order of how often they are asked for.
     for router in (
         health.router,
+        retrieve.router,
         jobs.router,
         operations_router(),
         models.router,
@@ -75,14 +88,7 @@ def create_api(
         api.include_router(router)
     add_pages(api)
     handle_problems(api)
-    # A form is a little larger than the file in it.
-    upload = min(settings.max_upload_bytes, MAX_FILE_BYTES) + MAX_BODY_BYTES
-    api.add_middleware(
-        Gate,
-        allowed_hosts=_host_names(settings),
-        returns_request_id=returns_request_id,
-        max_upload_bytes={"/datasets": upload, "/v1/files": upload},
-    )
+    _guard(api, settings, returns_request_id)
     document: dict[str, Any] = {}
 
     def openapi() -> dict[str, Any]:
@@ -90,6 +96,18 @@ def create_api(
 
     api.openapi = openapi  # type: ignore[method-assign]
     return api
+
+
+def _guard(api: FastAPI, settings: Settings, returns_request_id: bool) -> None:
+    """Put the gate before the application, with what bodies may have on each path."""
+    # A form is a little larger than the file in it.
+    upload = min(settings.max_upload_bytes, MAX_FILE_BYTES) + MAX_BODY_BYTES
+    api.add_middleware(
+        Gate,
+        allowed_hosts=_host_names(settings),
+        returns_request_id=returns_request_id,
+        max_upload_bytes={"/datasets": upload, "/v1/files": upload} | retrieve.MAX_BYTES,
+    )
 
 
 def _lifespan(context: Context) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
@@ -123,20 +141,21 @@ def build_app(settings: Settings) -> Application:
 
         here = Settings(**values)
         log_to_file(here)
-        return create_api(here, RaySupervisor(here), returns_request_id=False)
+        return create_api(here, RaySupervisor(here), compute=ServeCompute(), returns_request_id=False)
 
     deployment = serve.deployment(
         name="http",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=100,
+        # Those that wait for a model, event streams, and room for all others beside them.
+        max_ongoing_requests=MOST_WAITING_REQUESTS + MAX_STREAMS + 80,
         health_check_period_s=2,
         health_check_timeout_s=10,
         # Streams never end by themselves; their readers connect again.
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
     )
-    application: Application = deployment(serve.ingress(build)()).bind()
+    application: Application = deployment(serve.ingress(build)()).bind(retrieval_application(settings))
     return application
 
 

@@ -11,8 +11,12 @@ from aidocks.datasets.parts import PartedUploads
 from aidocks.datasets.store import DatasetStore
 from aidocks.jobs.store import JobStore
 from aidocks.models.registry import Registry
+from aidocks.models.resolve import ModelResolver
 from aidocks.settings import Settings
 from serve.readiness import Readiness
+from serve.retrieval.deployment import ComputeLink
+from serve.retrieval.lookup import Lookup
+from serve.retrieval.waiting import Waiting
 from serve.supervision import SupervisorLink
 
 
@@ -28,15 +32,21 @@ class Context:
     store: JobStore
     registry: Registry
     supervisor: SupervisorLink
+    compute: ComputeLink
     datasets: DatasetStore = field(init=False)
     uploads: PartedUploads = field(init=False)
     readiness: Readiness = field(init=False)
+    retrievers: Lookup = field(init=False)
+    waiting: Waiting = field(init=False)
     streams: int = 0
 
     def __post_init__(self) -> None:
         self.datasets = DatasetStore.of(self.settings)
         self.uploads = PartedUploads(self.datasets)
         self.readiness = Readiness(self.store, self.supervisor)
+        resolver = ModelResolver(self.settings.models_dir, self.settings.allowed_roots)
+        self.retrievers = Lookup(resolver, self.settings.remote_code_models)
+        self.waiting = Waiting(self.compute.compute, lanes=self.settings.serving_replicas)
 
 
 async def _context(request: Request) -> Context:

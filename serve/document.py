@@ -10,10 +10,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from aidocks.operations import OPERATIONS
+from aidocks.specs.retrieve import EmbedRequest, RerankRequest
 from serve.problems import Problem
 
 TAGS = [
     {"name": "operations", "description": "Submit work. Every answer is a job."},
+    {"name": "retrieval", "description": "Answered at once: vectors of texts, and passages in order."},
     {"name": "jobs", "description": "Follow and stop work."},
     {"name": "models", "description": "The models that this installation made or imported."},
     {"name": "datasets", "description": "Files of examples that requests name."},
@@ -33,7 +35,12 @@ def describe(api: FastAPI) -> dict[str, Any]:
         tags=TAGS,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
-    models: list[type[BaseModel]] = [*(registration.spec_type() for registration in OPERATIONS), Problem]
+    models: list[type[BaseModel]] = [
+        *(registration.spec_type() for registration in OPERATIONS),
+        EmbedRequest,
+        RerankRequest,
+        Problem,
+    ]
     _, added = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )

@@ -107,7 +107,12 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AIDocksError)
     if error.http_status >= 500:
         log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
-    return problem_answer(request.scope, error)
+    return problem_answer(request.scope, error, {"Retry-After": "1"} if _passes(error) else None)
+
+
+def _passes(error: AIDocksError) -> bool:
+    """Tell whether the same request may be answered a moment later."""
+    return error.retryable and error.http_status in (429, 503)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from aidocks._version import __version__
-from aidocks.cli import datasets, jobs, models, service
+from aidocks.cli import datasets, jobs, models, retrieve, service
 from aidocks.cli.ask import ask
 from aidocks.cli.demo import demo
 from aidocks.cli.operations import DockGroup
@@ -46,6 +46,8 @@ def _top(
 
 
 app.command(rich_help_panel="Use a model")(ask)
+for using in (retrieve.embed, retrieve.rerank):
+    app.command(rich_help_panel="Use a model")(using)
 app.command(rich_help_panel="Use a model")(demo)
 app.add_typer(models.app, name="models", rich_help_panel="Look after things")
 app.add_typer(datasets.app, name="datasets", rich_help_panel="Look after things")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -47,9 +48,14 @@ class Flag:
 
 
 def flags_of(spec_type: type[Spec]) -> tuple[Flag, ...]:
-    """Return one flag for each field: the spec's own, in its order, then those that it shares with others."""
-    own = spec_type.__annotations__
-    fields = sorted(spec_type.model_fields.items(), key=lambda item: item[0] not in own)
+    """Return one flag for each field: what must be given, then the spec's own, then what it shares with others."""
+    classes = [inspect.get_annotations(kind) for kind in spec_type.__mro__]
+
+    def place(item: tuple[str, FieldInfo]) -> tuple[bool, int]:
+        name, field = item
+        return not field.is_required(), next(n for n, own in enumerate(classes) if name in own)
+
+    fields = sorted(spec_type.model_fields.items(), key=place)
     return tuple(_flag(name, field) for name, field in fields)
 
 

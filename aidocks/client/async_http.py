@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
@@ -21,6 +21,7 @@ from aidocks.client.job import AsyncJobHandle
 from aidocks.datasets.store import StoredDataset
 from aidocks.jobs.model import Event, Job, Status
 from aidocks.models.registry import Manifest, ModelInfo
+from aidocks.specs.retrieve import EmbedAnswer, RerankAnswer
 
 
 class AsyncClient(Connection):
@@ -89,6 +90,58 @@ class AsyncClient(Connection):
 
     async def delete_dataset(self, name: str) -> None:
         await self._answer(calls.delete_dataset(name))
+
+    async def embed(
+        self,
+        model: str,
+        texts: str | Sequence[str],
+        *,
+        role: Literal["query", "passage"] | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+    ) -> EmbedAnswer:
+        """Return vectors of texts.
+
+        Args:
+            model: An embedding model: a registry name, or a path below an allowed root.
+            texts: A text, or up to 2048.
+            role: Which of the model's prompts is put before each text; none without one.
+            prompt: Another prompt, in place of the model's.
+            dimensions: Cut the vectors to so many values, and make their length 1 again.
+
+        Raises:
+            UnknownModel: There is no such model.
+            IncompatibleModels: It makes no vectors.
+            TooBusy: Too much waited for longer than this client repeats requests.
+        """
+        fields = {"role": role, "prompt": prompt, "dimensions": dimensions}
+        return await self._answer(calls.embed(model, texts, fields))
+
+    async def rerank(
+        self,
+        model: str,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        return_documents: bool = False,
+        raw_scores: bool = False,
+    ) -> RerankAnswer:
+        """Return passages in the order in which they answer a query, the best first.
+
+        Args:
+            model: A reranker: a registry name, or a path below an allowed root.
+            query: The question.
+            documents: Up to 2048 passages.
+            top_n: Return so many of the best alone.
+            return_documents: Repeat the texts in the answer.
+            raw_scores: Scores as the model makes them, rather than between 0 and 1.
+
+        Raises:
+            AIDocksError: As :meth:`embed`.
+        """
+        fields = {"top_n": top_n, "return_documents": return_documents, "raw_scores": raw_scores}
+        return await self._answer(calls.rerank(model, query, documents, fields))
 
     async def health(self) -> dict[str, Any]:
         return await self._answer(calls.get_health())

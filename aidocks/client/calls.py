@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
@@ -20,6 +22,7 @@ from aidocks.jobs.model import Event, Job, Status
 from aidocks.models.registry import Manifest, ModelInfo
 from aidocks.operations import find_operation
 from aidocks.specs.base import Spec
+from aidocks.specs.retrieve import EmbedAnswer, RerankAnswer
 
 AnswerT = TypeVar("AnswerT")
 
@@ -28,6 +31,8 @@ _TRY_AGAIN = frozenset({429, 503})
 #: What even a slow disk can do.
 _READ_BYTES_PER_S = 20e6
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 5.0
+#: A model that is asked for the first time has to be loaded, and others may wait before.
+_LOADING_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,20 @@ def delete_dataset(name: str) -> Call[None]:
     return Call("DELETE", f"/datasets/{_segment(name)}", lambda _: None, repeatable=False)
 
 
+def embed(model: str, texts: str | Sequence[str], fields: Mapping[str, Any]) -> Call[EmbedAnswer]:
+    """Return the call for vectors of texts; ``fields`` are those of :class:`~aidocks.specs.retrieve.EmbedRequest`."""
+    given = texts if isinstance(texts, str) else list(texts)
+    # The numbers in a third of the bytes, and none is written in decimals.
+    body = {"model": model, "input": given} | _given(fields) | {"encoding_format": "base64"}
+    return Call("POST", "/embed", _vectors, body=body, timeout_s=_LOADING_S)
+
+
+def rerank(model: str, query: str, documents: Sequence[str], fields: Mapping[str, Any]) -> Call[RerankAnswer]:
+    """Return the call for passages in order; ``fields`` as :class:`~aidocks.specs.retrieve.RerankRequest` has them."""
+    body = {"model": model, "query": query, "documents": list(documents)} | _given(fields)
+    return Call("POST", "/rerank", RerankAnswer.model_validate, body=body, timeout_s=_LOADING_S)
+
+
 def get_health() -> Call[dict[str, Any]]:
     return Call("GET", "/health", dict)
 
@@ -252,6 +271,20 @@ def file_path(model: str, path: str) -> str:
 
 def _submitting(idempotency_key: str | None) -> dict[str, str]:
     return {"Accept": "application/json", "Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _vectors(answer: Any) -> EmbedAnswer:
+    rows = (_floats(base64.b64decode(text)) for text in answer["embeddings"])
+    return EmbedAnswer.model_validate(answer | {"embeddings": tuple(rows)})
+
+
+def _floats(data: bytes) -> tuple[float, ...]:
+    """Return little-endian float32 values."""
+    return struct.unpack(f"<{len(data) // 4}f", data)
 
 
 def _segment(name: str) -> str:

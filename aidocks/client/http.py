@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 
@@ -28,6 +28,7 @@ from aidocks.errors import AIDocksError, InvalidSpec, ServiceUnreachable
 from aidocks.jobs.model import Event, Job, Status
 from aidocks.models.registry import Manifest, ModelInfo
 from aidocks.specs.base import Spec
+from aidocks.specs.retrieve import EmbedAnswer, RerankAnswer
 
 AnswerT = TypeVar("AnswerT")
 SpecLike = Spec | Mapping[str, Any] | None
@@ -159,6 +160,58 @@ class Client(Connection):
     def delete_dataset(self, name: str) -> None:
         """Delete a data set; raises :class:`Conflict` while a job under way needs it."""
         self._answer(calls.delete_dataset(name))
+
+    def embed(
+        self,
+        model: str,
+        texts: str | Sequence[str],
+        *,
+        role: Literal["query", "passage"] | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+    ) -> EmbedAnswer:
+        """Return vectors of texts.
+
+        Args:
+            model: An embedding model: a registry name, or a path below an allowed root.
+            texts: A text, or up to 2048.
+            role: Which of the model's prompts is put before each text; none without one.
+            prompt: Another prompt, in place of the model's.
+            dimensions: Cut the vectors to so many values, and make their length 1 again.
+
+        Raises:
+            UnknownModel: There is no such model.
+            IncompatibleModels: It makes no vectors.
+            TooBusy: Too much waited for longer than this client repeats requests.
+        """
+        fields = {"role": role, "prompt": prompt, "dimensions": dimensions}
+        return self._answer(calls.embed(model, texts, fields))
+
+    def rerank(
+        self,
+        model: str,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        return_documents: bool = False,
+        raw_scores: bool = False,
+    ) -> RerankAnswer:
+        """Return passages in the order in which they answer a query, the best first.
+
+        Args:
+            model: A reranker: a registry name, or a path below an allowed root.
+            query: The question.
+            documents: Up to 2048 passages.
+            top_n: Return so many of the best alone.
+            return_documents: Repeat the texts in the answer.
+            raw_scores: Scores as the model makes them, rather than between 0 and 1.
+
+        Raises:
+            AIDocksError: As :meth:`embed`.
+        """
+        fields = {"top_n": top_n, "return_documents": return_documents, "raw_scores": raw_scores}
+        return self._answer(calls.rerank(model, query, documents, fields))
 
     def health(self) -> dict[str, Any]:
         """Return what the service says of itself."""

@@ -142,9 +142,7 @@ def result_of(job: Job) -> OperationResult:
     if job.status is Status.CANCELLED:
         raise JobCancelled(f"Job {job.id} ({job.operation}) was cancelled.")
     assert job.status is Status.SUCCEEDED, f"job {job.id} is {job.status}"
-    # A newer service may say more than this version knows of.
-    kind = find_operation(job.operation).load().result_type
-    return kind.model_validate(job.result or {}, extra="ignore")
+    return find_operation(job.operation).load().read_result(job.result or {})
 
 
 def _shown(progress: ProgressOption) -> AbstractContextManager[Callable[[Event], Any]]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from serve.routes.openai import files, jobs, models
+from serve.routes.openai import embeddings, files, jobs, models, rerank
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1", include_in_schema=False)
-for part in (files.router, jobs.router, models.router):
+for part in (embeddings.router, rerank.router, files.router, jobs.router, models.router):
     router.include_router(part)

@@ -1,0 +1,1 @@
+"""Embedding models and rerankers behind the HTTP interface: what waits, who computes it, which model is meant."""
