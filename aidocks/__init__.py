@@ -29,14 +29,18 @@ if TYPE_CHECKING:
     from aidocks.specs.merge_result import MergeResult
     from aidocks.specs.moe import ExpertSpec, MoESpec
     from aidocks.specs.moe_result import MoEResult
+    from aidocks.specs.train_emb import EmbeddingTrainSpec
     from aidocks.specs.train_llm import LLMTrainSpec
     from aidocks.specs.train_llm_result import LLMTrainResult
+    from aidocks.specs.train_rerank import RerankerTrainSpec
+    from aidocks.specs.train_retrieval_result import RetrieverTrainResult
 
 __all__ = [
     "AIDocksError",
     "AsyncClient",
     "AsyncJobHandle",
     "Client",
+    "EmbeddingTrainSpec",
     "ExpertSpec",
     "ExtractLoraResult",
     "ExtractLoraSpec",
@@ -53,6 +57,8 @@ __all__ = [
     "MergeSpec",
     "MoEResult",
     "MoESpec",
+    "RerankerTrainSpec",
+    "RetrieverTrainResult",
     "__version__",
     "load_factored",
 ]
@@ -62,6 +68,7 @@ _MODULES = {
     "AsyncClient": "aidocks.client.async_http",
     "AsyncJobHandle": "aidocks.client.job",
     "Client": "aidocks.client.http",
+    "EmbeddingTrainSpec": "aidocks.specs.train_emb",
     "ExpertSpec": "aidocks.specs.moe",
     "ExtractLoraResult": "aidocks.specs.extract_lora",
     "ExtractLoraSpec": "aidocks.specs.extract_lora",
@@ -78,6 +85,8 @@ _MODULES = {
     "MergeSpec": "aidocks.specs.merge",
     "MoEResult": "aidocks.specs.moe_result",
     "MoESpec": "aidocks.specs.moe",
+    "RerankerTrainSpec": "aidocks.specs.train_rerank",
+    "RetrieverTrainResult": "aidocks.specs.train_retrieval_result",
     "load_factored": "aidocks.laser.factored",
 }
 

@@ -71,8 +71,20 @@ OPERATIONS = (
     Registration("train-llm", "aidocks.specs.train_llm:LLMTrainSpec", "aidocks.training.operation:TrainLLM",
                  "Fine-tune a language model: supervised, by preferences, by rewards, or on plain text.",
                  path="train/llm"),
+    Registration("train-emb", "aidocks.specs.train_emb:EmbeddingTrainSpec",
+                 "aidocks.retrieval.operation:TrainEmbedding",
+                 "Fine-tune an embedding model on queries and passages, and prove that it finds more of them.",
+                 path="train/emb"),
+    Registration("train-rerank", "aidocks.specs.train_rerank:RerankerTrainSpec",
+                 "aidocks.retrieval.operation:TrainReranker",
+                 "Fine-tune a reranker on queries with right and wrong passages, and prove that it orders them better.",
+                 path="train/rerank"),
+    Registration("mine-negatives", "aidocks.specs.mine_negatives:MineNegativesSpec",
+                 "aidocks.retrieval.mine_operation:MineNegatives",
+                 "Find hard negatives for queries: passages that look like an answer, and are none.",
+                 path="train/negatives"),
     Registration("train", "aidocks.specs.train:OriginalTrainSpec", "aidocks.training.original:OriginalTrain",
-                 "Fine-tune a language model, asked for in the original project's words."),
+                 "Fine-tune a model, asked for in the original project's words."),
 )  # fmt: skip
 
 

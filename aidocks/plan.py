@@ -248,6 +248,7 @@ class PlanContext:
         checkpoints_dir: The directory of the job's checkpoints, which stays when the job fails or is cancelled.
         datasets_dir: Where the data sets of this installation are; None where there are none.
         result_of: Returns what another job of this installation has returned; None where it has not, or is none.
+        remote_code: Models that an admin allows to bring Python code of their own.
         parallelism: Units that can run at the same time. Results must not depend on it.
         say: Records one line for people in the job's events.
     """
@@ -260,6 +261,7 @@ class PlanContext:
     checkpoints_dir: Path
     datasets_dir: Path | None = None
     result_of: Callable[[str], Mapping[str, Any] | None] = lambda _: None
+    remote_code: frozenset[str] = frozenset()
     parallelism: int = 1
     say: Callable[[str], None] = lambda _: None
 
@@ -279,6 +281,10 @@ class Operation(ABC, Generic[SpecT, ResultT]):
     def inputs(self, spec: SpecT) -> dict[str, str]:
         """Return field path -> model reference of every model that the spec names."""
         return {}
+
+    def read_result(self, result: Mapping[str, Any]) -> OperationResult:
+        """Return what a job has returned; a newer service may say more than this version knows of."""
+        return self.result_type.model_validate(result, extra="ignore")
 
     def preflight(self, spec: SpecT, context: PlanContext) -> None:
         """Refuse, before any work, what cannot succeed. Reads headers and configs only; must not import torch.

@@ -174,7 +174,7 @@ def run_operation(operation: str, spec: Mapping[str, Any], idempotency_key: str 
     if job["status"] == "failed":
         detail = (job["error"] or {}).get("detail", "unknown reason")
         raise JobFailed(f"The job {job['id']} failed: {detail}", hint=(job["error"] or {}).get("hint"))
-    return registration.load().result_type.model_validate(job["result"])
+    return registration.load().read_result(job["result"])
 
 
 def _call(method: Any, *arguments: Any) -> dict[str, Any]:

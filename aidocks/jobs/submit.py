@@ -100,6 +100,7 @@ def plan_context(
         checkpoints_dir=settings.checkpoints_dir / job_id,
         datasets_dir=settings.datasets_dir,
         result_of=lambda other: _result_of(settings, other),
+        remote_code=settings.remote_code_models,
         parallelism=parallelism,
         say=say,
     )

@@ -48,7 +48,12 @@ class MineNegativesSpec(NegativesFields):
     format: RetrievalFormat = Field("auto", description="Form of the rows; `auto` looks at them.")
     query_prompt: str | None = Field(None, max_length=2000, description="What is put before a query.")
     passage_prompt: str | None = Field(None, max_length=2000, description="What is put before a passage.")
-    max_length: int = Field(512, ge=8, le=131_072, description="Tokens of a text; what is longer is cut.")
+    max_length: int | None = Field(
+        None,
+        ge=8,
+        le=131_072,
+        description="Tokens of a text; what is longer is cut. Default: as the model says.",
+    )
     name: ModelName | None = Field(
         None, description="Name of the new data set. Default: the data set's, and the end of the job's id."
     )

@@ -1,7 +1,8 @@
-"""The request of ``/train``: the original project's body, which stands for one of ``/train/llm``."""
+"""The request of ``/train``: the original project's body, which stands for one of another operation."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import AliasChoices, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -10,7 +11,10 @@ from aidocks.errors import InvalidSpec
 from aidocks.specs.aliases import with_aliases
 from aidocks.specs.base import ModelName, ModelRef, PublishableSpec
 from aidocks.specs.faults import invalid_spec
+from aidocks.specs.train_emb import EmbeddingTrainSpec
+from aidocks.specs.train_fields import TrainSpec
 from aidocks.specs.train_llm import LLMTrainSpec
+from aidocks.specs.train_rerank import RerankerTrainSpec
 
 EXAMPLE: dict[str, Any] = {
     "base_model_path": "smollm2-135m-instruct",
@@ -32,11 +36,19 @@ EXAMPLE: dict[str, Any] = {
 
 # Their names here -> those in the request that this one stands for.
 _TOP = {"base_model_path": "base_model", "peft_model_name": "name"}
-_CATEGORIES = {"emb": "/train/emb", "rr": "/train/rerank", "rerank": "/train/rerank"}
+_CATEGORIES: dict[str, type[EmbeddingTrainSpec] | type[RerankerTrainSpec]] = {
+    "emb": EmbeddingTrainSpec,
+    "rr": RerankerTrainSpec,
+    "rerank": RerankerTrainSpec,
+}
+#: Methods that the original knew. Of models that find texts there is one: low-rank factors, by the loss of the rows.
+_METHODS = ("peft", "dpo", "sft")
+#: Fields of `config` that mean something to language models alone.
+_OF_TEXTS = ("max_prompt_length",)
 
 
 class OriginalTrainSpec(PublishableSpec):
-    """Fine-tune a language model, in the original words: the same as `/train/llm` with the fields of `config`."""
+    """Fine-tune a model, in the original words: as `/train/llm`, `/train/emb` or `/train/rerank` with `config`."""
 
     model_config = ConfigDict(json_schema_extra=with_aliases([EXAMPLE]))
 
@@ -52,52 +64,80 @@ class OriginalTrainSpec(PublishableSpec):
         examples=["smollm2-polite"],
     )
     category: Literal["llm", "emb", "rr", "rerank"] = Field(
-        "llm", description="Kind of model. Of these, language models (`llm`) can be trained."
+        "llm",
+        description="Kind of model: a language model, an embedding model (`emb`), or a reranker (`rr`, `rerank`).",
     )
     method: str = Field(
-        "dpo", description="As `method` of `/train/llm`; `peft` is `sft`.", examples=["dpo", "sft", "peft"]
+        "dpo",
+        description="As `method` of `/train/llm`; `peft` is `sft`. Of embedding models and rerankers there is one.",
+        examples=["dpo", "sft", "peft"],
     )
     config: dict[str, JsonValue] = Field(
-        description="Further fields of `/train/llm`; `training_data` is needed.",
+        description="Further fields of `/train/llm` (`/train/emb`, `/train/rerank`); `training_data` is needed.",
         examples=[{"training_data": "llm_dpo_training_data.jsonl", "lora_rank": 64}],
     )
 
     @model_validator(mode="after")
     def _stands_for_one(self) -> OriginalTrainSpec:
-        if self.category != "llm":
+        kind = self._kind
+        if kind is not LLMTrainSpec and self.method.lower() not in _METHODS:
             raise InvalidSpec(
-                f"The category {self.category!r} is not trained by this version.",
-                field="category",
-                value=self.category,
-                hint=f"It will be asked for at {_CATEGORIES[self.category]}. Language models ('llm') can be trained.",
+                f"The method {self.method!r} is one of language models.",
+                field="method",
+                value=self.method,
+                hint="Use 'peft'; `config.loss` says what an embedding model or a reranker learns by.",
             )
         for name in self.config:
-            if name in LLMTrainSpec.model_fields and name in (*_TOP.values(), "method", "publish", "trainer"):
+            if name in kind.model_fields and name in (*_TOP.values(), "method", "publish", "trainer"):
                 raise InvalidSpec(
                     f"{name!r} stands beside `config`, not in it.", field=f"config.{name}", hint="Move it."
                 )
         self.request()
         return self
 
-    def request(self) -> LLMTrainSpec:
-        """Return the request of ``/train/llm`` that this one stands for.
+    @property
+    def _kind(self) -> type[LLMTrainSpec] | type[EmbeddingTrainSpec] | type[RerankerTrainSpec]:
+        return _CATEGORIES.get(self.category, LLMTrainSpec)
+
+    def request(self) -> LLMTrainSpec | EmbeddingTrainSpec | RerankerTrainSpec:
+        """Return the request that this one stands for.
 
         Raises:
             InvalidSpec: Naming the fields as this request does.
         """
-        method = "sft" if self.method == "peft" else self.method
+        kind = self._kind
         shared = {name: getattr(self, name) for name in PublishableSpec.model_fields}
-        top = {new: getattr(self, old) for old, new in _TOP.items()}
+        top: dict[str, Any] = {new: getattr(self, old) for old, new in _TOP.items()}
+        config: Mapping[str, Any] = self.config
+        if kind is LLMTrainSpec:
+            top["method"] = "sft" if self.method == "peft" else self.method
+        else:
+            config = _of_retrieval(config)
         try:
-            return LLMTrainSpec.model_validate({**self.config, **shared, **top, "method": method})
+            found: TrainSpec = kind.model_validate({**config, **shared, **top})
         except ValidationError as error:
-            found = invalid_spec(error.errors(include_url=False), LLMTrainSpec)
-        faults = [{**fault, "field": field_here(fault["field"])} for fault in found.errors]
-        raise InvalidSpec(found.message, errors=faults)
+            wrong = invalid_spec(error.errors(include_url=False), kind)
+        else:
+            assert isinstance(found, LLMTrainSpec | EmbeddingTrainSpec | RerankerTrainSpec)
+            return found
+        faults = [{**fault, "field": field_here(fault["field"])} for fault in wrong.errors]
+        raise InvalidSpec(wrong.message, errors=faults)
+
+
+def _of_retrieval(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a configuration is for models that find texts; the original sent the rest with all kinds."""
+    if config.get("load_in_4bit"):
+        raise InvalidSpec(
+            "Embedding models and rerankers are not trained in 4 bits: they fit as they are.",
+            field="config.load_in_4bit",
+            value=config["load_in_4bit"],
+            hint="Leave it out.",
+        )
+    return {name: value for name, value in config.items() if name not in (*_OF_TEXTS, "load_in_4bit")}
 
 
 def field_here(field: str) -> str:
-    """Return what a field of ``/train/llm`` is called in this request."""
+    """Return what a field of the request that this one stands for is called here."""
     back = {new: old for old, new in _TOP.items()}
     first = field.split(".")[0].split("[")[0]
     if first in (*back, "method", *PublishableSpec.model_fields):

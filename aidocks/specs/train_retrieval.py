@@ -13,6 +13,7 @@ from aidocks.specs.base import ModelName, ModelRef, Spec
 from aidocks.specs.laser import Listed
 from aidocks.specs.train_data import SPLIT_PATTERN, DatasetRef, InlineRows, held_out_count
 from aidocks.specs.train_fields import TrainSpec
+from aidocks.specs.train_rewriting import with_one_length
 from aidocks.training.retriever import Prompts
 from aidocks.training.run import AdapterSettings
 
@@ -195,15 +196,15 @@ class RetrievalTrainSpec(TrainSpec):
         description="Whether the result is a whole model, base and adapter in one; else the adapter alone.",
     )
     # --- how it is trained
-    max_length: int = Field(
-        512,
+    max_length: int | None = Field(  # type: ignore[assignment]  # of the others it is a number
+        None,
         ge=8,
         le=131_072,
         validation_alias=AliasChoices(
             "max_length", "max_seq_length", "max_total_length", "sequence_len", "cutoff_len", "max_seq_len"
         ),
         description="Tokens of a text (of a reranker: of query and passage together); what is longer is cut. At most "
-        "what the model reads.",
+        "what the model reads. Default: as the model says, at most 512.",
     )
     query_prompt: Prompt | None = Field(
         None,
@@ -216,6 +217,36 @@ class RetrievalTrainSpec(TrainSpec):
         validation_alias=AliasChoices("passage_prompt", "passage_instruction", "document_prompt"),
         description="What is put before a passage. Default: as the model says.",
         examples=["passage: "],
+    )
+    per_device_train_batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        validation_alias=AliasChoices("per_device_train_batch_size", "micro_batch_size", "batch_size"),
+        description="Examples of one worker's forward pass: right passages with their queries, or pairs; of a reranker "
+        "that learns from lists, queries. Default: 32 (`cached_mnrl` 256, lists 8), or less where that does not fit.",
+    )
+    gradient_accumulation_steps: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="Forward passes for one step. Passages of another pass are no negatives. Default: 1, or so that a "
+        "step sees 16 examples where a loss has no use for the others of its batch.",
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Highest learning rate. Default: 2e-5 for all weights, 2e-4 for factors; of models with less than "
+        "10 million parameters 3e-4, and 1e-3.",
+        examples=[2e-4],
+    )
+    gradient_checkpointing: bool | None = Field(
+        None,
+        validation_alias=AliasChoices(
+            "gradient_checkpointing", "use_gradient_checkpointing", "activation_checkpointing"
+        ),
+        description="Compute activations twice rather than keep them. Default: where they do not fit otherwise.",
     )
     mine_negatives: NegativesFields | None = Field(
         None,
@@ -235,7 +266,7 @@ class RetrievalTrainSpec(TrainSpec):
     def _in_our_words(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        body = one_name_each(cls, {str(name): value for name, value in given.items()})
+        body = one_name_each(cls, with_one_length(given))
         mined = next((n for n in ("mine_negatives", "hard_negatives") if n in body), None)
         if mined is not None and isinstance(body[mined], bool | int):
             count = body[mined]

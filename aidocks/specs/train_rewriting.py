@@ -34,13 +34,7 @@ def rewritten(spec_type: type[BaseModel], given: Mapping[str, Any]) -> dict[str,
     Raises:
         InvalidSpec: Two names of one thing disagree.
     """
-    body = {str(name): value for name, value in given.items()}
-    lengths = [length for name in _LENGTHS if isinstance(length := body.get(name), int)]
-    if len(lengths) == len(_LENGTHS) and "max_length" not in body:
-        for name in _LENGTHS:
-            del body[name]
-        body["max_length"] = min(lengths)
-    body = one_name_each(spec_type, body)
+    body = one_name_each(spec_type, with_one_length(given))
     for other in names_of("adapter", spec_type.model_fields["adapter"])[1:]:
         if other in body:
             body["adapter"] = body.pop(other)
@@ -55,6 +49,17 @@ def rewritten(spec_type: type[BaseModel], given: Mapping[str, Any]) -> dict[str,
             body["merge_adapter"] = False
     if method == "pretrain":
         body.setdefault("loss_on", "all")
+    return body
+
+
+def with_one_length(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the body of a training request with one limit of an example, the smaller one, where it has both."""
+    body = {str(name): value for name, value in given.items()}
+    lengths = [length for name in _LENGTHS if isinstance(length := body.get(name), int)]
+    if len(lengths) == len(_LENGTHS) and "max_length" not in body:
+        for name in _LENGTHS:
+            del body[name]
+        body["max_length"] = min(lengths)
     return body
 
 

@@ -12,7 +12,7 @@ from aidocks.specs.train_hyper import batches, steps
 from aidocks.specs.train_llm import LLMTrainSpec
 from aidocks.specs.train_llm_result import TrainEstimate
 from aidocks.training.device import TrainingDevice
-from aidocks.training.estimate import USABLE, WIDTHS, Setup
+from aidocks.training.estimate import USABLE, WIDTHS, LLMSetup
 from aidocks.training.fitting import Fit, available_bytes, choose, deepspeed_config
 from aidocks.training.request import Found, Request
 from aidocks.training.resuming import Identity, require_same, require_steps_left
@@ -184,8 +184,8 @@ class TrainingBuild:
             history=workspace / "history.json",
         )
 
-    def _setup(self) -> Setup:
-        return Setup(
+    def _setup(self) -> LLMSetup:
+        return LLMSetup(
             shape=self.request.shape,
             method=self.request.spec.method,
             adapter=self.request.adapter,

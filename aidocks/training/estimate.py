@@ -18,6 +18,7 @@ from aidocks.training.run import (
     PREFERENCE_METHODS,
     WHOLE,
     AdapterSettings,
+    Hyperparameters,
     LLMHyperparameters,
     Method,
     Precision,
@@ -48,13 +49,12 @@ CPU_PROCESS_BYTES, CUDA_PROCESS_BYTES = 800_000_000, 700_000_000
 USABLE = 0.9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setup:
-    """One way to run a training, as far as its needs depend on it.
+    """One way to run a training, as far as its needs depend on it; kinds of training override what they do otherwise.
 
     Attributes:
         shape: The model.
-        method: Of the training.
         adapter: What is trained.
         hyper: Batch, length, optimiser.
         precision: Of frozen weights and of the computation.
@@ -66,9 +66,8 @@ class Setup:
     """
 
     shape: ModelShape
-    method: Method
     adapter: AdapterSettings
-    hyper: LLMHyperparameters
+    hyper: Hyperparameters
     precision: Precision
     members: int = 1
     stage: Stage | None = None
@@ -83,19 +82,115 @@ class Setup:
 
     @property
     def sequences(self) -> int:
-        """Sequences of one forward pass: a pair of answers is two, and so is a mismatched answer of KTO."""
+        """Sequences of one forward pass."""
+        return self.hyper.per_device_train_batch_size
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.hyper.max_length if self.longest is None else min(self.hyper.max_length, self.longest)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose activations exist at the same time."""
+        return self.sequences * self.length
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters that a token is multiplied by."""
+        return self.shape.multiplied
+
+    @property
+    def attended(self) -> float:
+        """Tokens that a token looks at, on average."""
+        return self.length / 2  # later ones are masked
+
+    @property
+    def head_bytes(self) -> int:
+        """What the loss takes beside the layers' activations."""
+        return 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether what it learns is compared with the untrained model's opinion."""
+        return False
+
+    @property
+    def passes_beside(self) -> float:
+        """Forward passes that a step takes beside its own."""
+        return 0.0
+
+    @property
+    def calls_beside(self) -> float:
+        """How often layers are called for these."""
+        return self.passes_beside
+
+    @property
+    def written(self) -> int:
+        """Tokens that the model writes in a step, one after another."""
+        return 0
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Stages of ZeRO that are chosen from where the model does not fit otherwise."""
+        # Weights in four bits cannot be divided.
+        return (1, 2) if self.adapter.kind == "qlora" else (1, 2, 3)
+
+    @property
+    def instead(self) -> str:
+        """What makes up for a smaller batch, for people."""
+        return "raise `gradient_accumulation_steps` instead"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMSetup(Setup):
+    """That of a language model.
+
+    Attributes:
+        method: Of the training.
+    """
+
+    method: Method
+    hyper: LLMHyperparameters
+
+    @property
+    def sequences(self) -> int:
+        """A pair of answers is two sequences, and so is a mismatched answer of KTO."""
         both = self.method in (*PREFERENCE_METHODS, "kto")
         return self.hyper.per_device_train_batch_size * (2 if both else 1)
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence."""
         if self.method in ONLINE_METHODS:
             prompt = self.hyper.max_prompt_length or self.hyper.max_length // 2
             return prompt + self.hyper.max_completion_length
-        if self.hyper.packing or self.longest is None:
-            return self.hyper.max_length
-        return min(self.hyper.max_length, self.longest)
+        return self.hyper.max_length if self.hyper.packing else super().length
+
+    @property
+    def head_bytes(self) -> int:
+        if self.method == "reward":
+            return 0
+        if self.method == "orpo":  # its trainer makes all logits: they, their logarithm, and their gradient
+            return self.tokens * self.shape.vocabulary * (WIDTHS[self.precision] + 8)
+        return self.tokens * min(self.shape.vocabulary, _HEAD_TILE) * 8
+
+    @property
+    def compares(self) -> bool:
+        return self.method in ("dpo", "kto") or (self.method in ONLINE_METHODS and bool(self.hyper.beta))
+
+    @property
+    def passes_beside(self) -> float:
+        # The reference's opinion; of an online method the writing of the answers, and theirs under the old policy.
+        return {"dpo": 1.0, "kto": 1.5, "grpo": 2.0, "rloo": 2.0}.get(self.method, 0.0)
+
+    @property
+    def calls_beside(self) -> float:
+        return {"dpo": 1.0, "kto": 2.0, "grpo": 1.0, "rloo": 1.0}.get(self.method, 0.0)
+
+    @property
+    def written(self) -> int:
+        # An answer is written token by token, all answers of a step together.
+        return self.hyper.max_completion_length if self.method in ONLINE_METHODS else 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +245,7 @@ def memory_of(setup: Setup) -> Memory:
 
 def activation_bytes(setup: Setup) -> int:
     """Return what one forward pass keeps for the backward pass, and what its loss takes beside it."""
-    tokens = setup.sequences * setup.length
+    tokens = setup.tokens
     shape, width = setup.shape, WIDTHS[setup.precision]
     # Inputs and outputs of the matrices of a layer; the keys' and values' share is theirs once each.
     values = 6 * shape.hidden + 2 * shape.keys + 4 * shape.mlp
@@ -165,15 +260,7 @@ def activation_bytes(setup: Setup) -> int:
     else:
         # While a layer's gradients are computed, about as much as half of it exists once more.
         kept = layer * shape.layers + layer // 2
-    return kept + _head_bytes(setup, tokens)
-
-
-def _head_bytes(setup: Setup, tokens: int) -> int:
-    if setup.method == "reward":
-        return 0
-    if setup.method == "orpo":  # its trainer makes all logits: they, their logarithm, and their gradient
-        return tokens * setup.shape.vocabulary * (WIDTHS[setup.precision] + 8)
-    return tokens * min(setup.shape.vocabulary, _HEAD_TILE) * 8
+    return kept + setup.head_bytes
 
 
 def _frozen_bytes(setup: Setup) -> float:
@@ -191,8 +278,7 @@ def _frozen_bytes(setup: Setup) -> float:
 
 def _reference_bytes(setup: Setup) -> int:
     """Return the bytes of the model that answers are compared with; with an adapter that is the base without it."""
-    compares = setup.method in ("dpo", "kto") or (setup.method in ONLINE_METHODS and bool(setup.hyper.beta))
-    if not compares or setup.adapter.kind not in WHOLE:
+    if not setup.compares or setup.adapter.kind not in WHOLE:
         return 0
     # It is loaded in the type of the trained one.
     return (4 if setup.adapter.kind == "full" else WIDTHS[setup.precision]) * setup.shape.parameters
@@ -210,23 +296,17 @@ def _state_bytes(optim: str) -> float:
 
 def flops_per_token(setup: Setup) -> float:
     """Return the operations that one trained token costs, everything that the method does for it included."""
-    shape = setup.shape
-    forward = 2.0 * shape.multiplied + 4.0 * shape.layers * shape.hidden * setup.length / 2  # half is masked
+    forward = 2.0 * setup.multiplied + 4.0 * setup.shape.layers * setup.shape.hidden * setup.attended
     backward = (2 if setup.adapter.kind in WHOLE else 1) * forward
     again = forward if setup.hyper.gradient_checkpointing else 0
-    # The reference's opinion; of an online method the writing of the answers, and theirs under the old policy.
-    beside = {"dpo": 1.0, "kto": 1.5, "grpo": 2.0, "rloo": 2.0}.get(setup.method, 0.0) * forward
-    return forward + backward + again + beside
+    return forward + backward + again + setup.passes_beside * forward
 
 
 def calls_per_step(setup: Setup) -> float:
     """Return how often layers are called in an optimiser step of a process; going backward counts as two calls."""
     hyper = setup.hyper
-    passes = 3.0 + (1 if hyper.gradient_checkpointing else 0)
-    passes += {"dpo": 1.0, "kto": 2.0, "grpo": 1.0, "rloo": 1.0}.get(setup.method, 0.0)
-    # An answer is written token by token, all answers of a step together.
-    written = hyper.max_completion_length if setup.method in ONLINE_METHODS else 0
-    return setup.shape.layers * (passes * hyper.gradient_accumulation_steps + written)
+    passes = 3.0 + (1 if hyper.gradient_checkpointing else 0) + setup.calls_beside
+    return setup.shape.layers * (passes * hyper.gradient_accumulation_steps + setup.written)
 
 
 def largest_batch(setup: Setup, available: int) -> int:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from aidocks.picture import png
-from aidocks.training.run import ONLINE_METHODS, Method, Point
+from aidocks.training.run import ONLINE_METHODS, Point
 
 _BLUE, _AMBER, _GREEN, _GREY = "#1f4e79", "#b8860b", "#2e7d32", "#8a97a3"
 #: Points of a curve's smoothed line: each is the mean of a share of them.
@@ -27,14 +27,15 @@ _FURTHER: dict[str, str] = {
 }
 
 
-def draw_curves(method: Method, points: Sequence[Point]) -> bytes | None:
+def draw_curves(method: str, points: Sequence[Point], loss: str = "loss, nats") -> bytes | None:
     """Draw a training as a PNG: a panel for each kind of curve that it has; None where nothing was logged.
 
     Args:
-        method: Of the training.
+        method: Of the training, or the loss of what finds texts.
         points: In the order of the steps.
+        loss: What people call the loss, with its unit.
     """
-    panels = _panels(method, points)
+    panels = _panels(method, points, loss)
     if not panels:
         return None
     figure = Figure(figsize=(6.4, 0.5 + 1.7 * len(panels)), layout="constrained")
@@ -53,7 +54,7 @@ def draw_curves(method: Method, points: Sequence[Point]) -> bytes | None:
     return png(figure)
 
 
-def _panels(method: Method, points: Sequence[Point]) -> list[tuple[str, list[dict[str, Any]]]]:
+def _panels(method: str, points: Sequence[Point], title: str) -> list[tuple[str, list[dict[str, Any]]]]:
     panels: list[tuple[str, list[dict[str, Any]]]] = []
     if method in ONLINE_METHODS:
         rewards = _series(points, "reward")
@@ -63,16 +64,16 @@ def _panels(method: Method, points: Sequence[Point]) -> list[tuple[str, list[dic
             panels.append(
                 ("reward of the answers (band: their spread)", [_curve(rewards, _GREEN, band=band)])
             )
-    loss = [(p.step, p.loss) for p in points if p.loss is not None]
+    losses = [(p.step, p.loss) for p in points if p.loss is not None]
     held_out = [(p.step, p.eval_loss) for p in points if p.eval_loss is not None]
-    both = [_curve(loss, _BLUE, label="training")] if loss else []
+    both = [_curve(losses, _BLUE, label="training")] if losses else []
     both += [_curve(held_out, _AMBER, label="held out", marks=True)] if held_out else []
     if both:
-        panels.append(("loss, nats", both))
-    for name, title in _FURTHER.items():
+        panels.append((title, both))
+    for name, called in _FURTHER.items():
         series = _series(points, name)
         if series and len(panels) < 4:
-            panels.append((title, [_curve(series, _GREEN)]))
+            panels.append((called, [_curve(series, _GREEN)]))
     rate = [(p.step, p.learning_rate) for p in points if p.learning_rate is not None]
     if rate:
         panels.append(("learning rate", [_curve(rate, _GREY, smooth=False)]))

@@ -132,11 +132,9 @@ def _options(setup: Setup, asked: DeepSpeed) -> Iterator[Setup]:
         return
     if not asked.offload:
         yield setup
-    # Weights in four bits cannot be divided.
-    stages: tuple[Stage, ...] = (1, 2) if setup.adapter.kind == "qlora" else (1, 2, 3)
     if setup.members > 1 and not asked.offload:
-        yield from (replace(setup, stage=stage) for stage in stages)
-    yield from (replace(setup, stage=stage, offload=True) for stage in stages if stage > 1)
+        yield from (replace(setup, stage=stage) for stage in setup.stages)
+    yield from (replace(setup, stage=stage, offload=True) for stage in setup.stages if stage > 1)
 
 
 def _stage(number: int) -> Stage:
@@ -173,7 +171,7 @@ def refusal(fit: Fit, asked: DeepSpeed) -> InvalidSpec:
             message,
             field="per_device_train_batch_size",
             value=asked_batch,
-            hint=f"A batch of {batch} fits (raise `gradient_accumulation_steps` instead){more}.",
+            hint=f"A batch of {batch} fits ({setup.instead}){more}.",
         )
     length = longest_length(setup, fit.available)
     if length:

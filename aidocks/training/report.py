@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from aidocks.evaluate.comparison import shown as shown_reference
 from aidocks.evaluate.comparison import significant
 from aidocks.models.manifest import Section, Table
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
+from aidocks.specs.base import OperationResult
 from aidocks.specs.train_data import DataSummary
 from aidocks.specs.train_llm_result import Comparison, HeldOut, HeldOutMetric, LLMTrainResult
 from aidocks.training.run import (
@@ -22,7 +23,7 @@ from aidocks.training.run import (
     ONLINE_METHODS,
     AdapterSettings,
     History,
-    LLMHyperparameters,
+    Hyperparameters,
     Method,
 )
 from aidocks.training.samples import samples_section
@@ -61,26 +62,41 @@ class WriteTrainingReport(WritingUnit):
     def run(self, context: UnitContext) -> WrittenFiles:
         from aidocks.training.figures import draw_curves
 
-        report = self.directory / "report"
-        points = [point.model_dump(mode="json", exclude_defaults=True) for point in self.history.points]
-        told = {
-            "report.json": self.result.model_dump(mode="json"),
-            "history.json": {"points": points},
-        }
-        if self.result.samples:
-            told["samples.json"] = {"samples": [one.model_dump(mode="json") for one in self.result.samples]}
-        files = [write_text(report / name, _json(content)) for name, content in told.items()]
-        picture = draw_curves(self.method, self.history.points)
-        if picture is not None:
-            files.append(write_bytes(self.directory / CURVES, picture))
-        return WrittenFiles(files=(*files, *self._tensorboard()))
+        samples = [one.model_dump(mode="json") for one in self.result.samples]
+        told = {"samples.json": {"samples": samples}} if samples else {}
+        pictures = {CURVES: draw_curves(self.method, self.history.points)}
+        files = write_report(self.directory, self.result, self.history, told, pictures, self.tensorboard)
+        return WrittenFiles(files=tuple(files))
 
-    def _tensorboard(self) -> Iterator[OutputFile]:
-        if not self.tensorboard.is_dir():
-            return
-        for path in sorted(self.tensorboard.rglob("*")):
-            if path.is_file():
-                yield copy_file(path, self.directory / _TENSORBOARD / path.relative_to(self.tensorboard))
+
+def write_report(
+    directory: Path,
+    result: OperationResult,
+    history: History,
+    beside: Mapping[str, Any],
+    pictures: Mapping[str, bytes | None],
+    tensorboard: Path,
+) -> Iterator[OutputFile]:
+    """Write the files of a training's report beside its weights.
+
+    Args:
+        directory: In which the result is staged.
+        result: As people may see it.
+        history: Its curves.
+        beside: Further files of JSON below `report`: name -> content.
+        pictures: Name relative to ``directory`` -> PNG; None where there is nothing to draw.
+        tensorboard: Directory of the TensorBoard files.
+    """
+    points = [point.model_dump(mode="json", exclude_defaults=True) for point in history.points]
+    own = {"report.json": result.model_dump(mode="json"), "history.json": {"points": points}}
+    for name, content in (own | dict(beside)).items():
+        yield write_text(directory / "report" / name, _json(content))
+    for name, picture in pictures.items():
+        if picture is not None:
+            yield write_bytes(directory / name, picture)
+    for path in sorted(tensorboard.rglob("*")) if tensorboard.is_dir() else ():
+        if path.is_file():
+            yield copy_file(path, directory / _TENSORBOARD / path.relative_to(tensorboard))
 
 
 def _json(content: Any) -> str:
@@ -94,7 +110,7 @@ def card_sections(result: LLMTrainResult) -> tuple[Section, ...]:
         _data_section(result.data) if result.data else None,
         held_out_section(result),
         samples_section(result.samples),
-        _hyper_section(result),
+        hyper_section(result.hyperparameters, lambda name: _has_effect(name, result)),
     ]
     return tuple(section for section in sections if section is not None)
 
@@ -210,7 +226,7 @@ def _signed(delta: float | None, error: float | None) -> str:
     return f"{delta:+.3g}" + ("" if error is None else f" ± {error:.1g}")
 
 
-def all_hyperparameters(hyper: LLMHyperparameters, adapter: AdapterSettings) -> dict[str, Any]:
+def all_hyperparameters(hyper: Hyperparameters, adapter: AdapterSettings) -> dict[str, Any]:
     """Return everything that was chosen for a training, under the names that a request calls it by."""
     settings = adapter.model_dump(mode="json", exclude={"kind"})
     named = {_ADAPTER_NAMES.get(name, name): value for name, value in settings.items()}
@@ -240,12 +256,12 @@ def _has_effect(name: str, result: LLMTrainResult) -> bool:
     return only.get(name, low_rank if name.startswith("lora_") else True)
 
 
-def _hyper_section(result: LLMTrainResult) -> Section | None:
+def hyper_section(given: Mapping[str, Any], has_effect: Callable[[str], bool]) -> Section | None:
     """Return the table of the hyper-parameters that do something; None of a result without any."""
     rows = tuple(
         (name, _value(value))
-        for name, value in result.hyperparameters.items()
-        if value not in (None, [], ()) and _has_effect(name, result)
+        for name, value in given.items()
+        if value not in (None, [], ()) and has_effect(name)
     )
     return (
         Section(title="Hyper-parameters", table=Table(header=("name", "value"), rows=rows)) if rows else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aidocks.checkpoints.dtypes import torch_name
+from aidocks.checkpoints.header import TensorEntry
 from aidocks.checkpoints.layout import CAUSAL_ENDINGS
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.checkpoints.space import require_space
@@ -328,7 +329,12 @@ def _require_compared(rewards: Sequence[Reward], kept: Mapping[str, str]) -> Non
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
     """Return the type of most of a checkpoint's weights, as torch calls it."""
+    return dtype_of(checkpoint.entries)
+
+
+def dtype_of(entries: Mapping[str, TensorEntry]) -> str:
+    """Return the type of most of some tensors, as torch calls it."""
     sizes: dict[str, int] = {}
-    for entry in checkpoint.entries.values():
+    for entry in entries.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     return torch_name(max(sizes, key=lambda dtype: sizes[dtype]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from aidocks.checkpoints.files import OutputFile, write_text
 from aidocks.errors import InvalidSpec
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
 from aidocks.training.checkpoints import complete_checkpoints, step_of
-from aidocks.training.run import AdapterSettings, Method
+from aidocks.training.run import AdapterSettings
 
 _FIELD = "resume_from_checkpoint"
 #: What the checkpoints beside it are of.
@@ -24,7 +25,7 @@ class Identity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base_model: str = Field(description="Hash of the base's content.")
-    method: Method
+    method: str = Field(description="What is done to the base: a method, or the loss of what finds texts.")
     dataset: str = Field(description="Hash of the rows that are trained on.")
     adapter: AdapterSettings
     optim: str
@@ -96,8 +97,13 @@ def find_checkpoint(checkpoints_dir: Path, job_id: str) -> Resumed:
     return Resumed(job_id=job_id, step=step_of(newest), path=newest, identity=identity)
 
 
-def require_same(resumed: Resumed, own: Identity) -> None:
+def require_same(resumed: Resumed, own: Identity, called: Mapping[str, str] | None = None) -> None:
     """Refuse a checkpoint of another training.
+
+    Args:
+        resumed: The checkpoint.
+        own: What it has to be of.
+        called: What the request calls fields of :class:`Identity`, where that is not their name.
 
     Raises:
         InvalidSpec: Naming the field in which they differ.
@@ -106,11 +112,12 @@ def require_same(resumed: Resumed, own: Identity) -> None:
         before, now = getattr(resumed.identity, name), getattr(own, name)
         if before == now:
             continue
+        field = (called or {}).get(name, name)
         was = f" ({_shown(before, now)})" if name != "dataset" else ""
-        words = {"base_model": "another model", "dataset": "other rows"}.get(name, f"another `{name}`")
+        words = {"base_model": "another model", "dataset": "other rows"}.get(name, f"another `{field}`")
         raise InvalidSpec(
             f"The checkpoint of {resumed.job_id!r} is of {words}{was}: it cannot be gone on from.",
-            field=name,
+            field=field,
             value=_plain(now) if name not in ("base_model", "dataset") else None,
             hint=f"Send the request of {resumed.job_id}, with another length or rate if you like; or leave out "
             f"`{_FIELD}`.",

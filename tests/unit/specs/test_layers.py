@@ -7,10 +7,11 @@ from pathlib import Path
 
 import aidocks.specs
 import aidocks.training.methods
+import aidocks.training.retriever
 import aidocks.training.run
 
-KNOWN = ("aidocks.specs", "aidocks.errors", "aidocks.training.run", "aidocks.training.methods")
-RESOLVED = (aidocks.training.run, aidocks.training.methods)
+RESOLVED = (aidocks.training.run, aidocks.training.methods, aidocks.training.retriever)
+KNOWN = ("aidocks.specs", "aidocks.errors", *(module.__name__ for module in RESOLVED))
 
 
 def test_specs_import_no_operation() -> None:

@@ -9,7 +9,9 @@ import pytest
 from aidocks.errors import InvalidSpec
 from aidocks.specs.read import build_spec
 from aidocks.specs.train import OriginalTrainSpec
+from aidocks.specs.train_emb import EmbeddingTrainSpec
 from aidocks.specs.train_llm import LLMTrainSpec
+from aidocks.specs.train_rerank import RerankerTrainSpec
 
 #: With the original's own defaults, but for a checkpoint that it never had.
 CONFIG: dict[str, Any] = {
@@ -68,11 +70,34 @@ def test_peft_is_supervised() -> None:
     assert build_spec(OriginalTrainSpec, BODY | {"method": "peft"}).request().method == "sft"
 
 
-@pytest.mark.parametrize(("category", "path"), [("emb", "/train/emb"), ("rr", "/train/rerank")])
-def test_other_categories_say_where_they_will_be(category: str, path: str) -> None:
-    refused = refusal(category=category)
-    assert refused.field == "category"
-    assert path in (refused.hint or "")
+@pytest.mark.parametrize(
+    ("category", "kind"),
+    [("emb", EmbeddingTrainSpec), ("rr", RerankerTrainSpec), ("rerank", RerankerTrainSpec)],
+)
+@pytest.mark.parametrize("method", ["peft", "dpo"])
+def test_other_categories_stand_for_the_requests_of_models_that_find_texts(
+    category: str, kind: type[Any], method: str
+) -> None:
+    spec = build_spec(OriginalTrainSpec, BODY | {"category": category, "method": method})
+    meant = spec.request()
+    assert type(meant) is kind
+    assert (meant.base_model, meant.name, meant.dataset) == ("tiny", "tiny-dpo", CONFIG["training_data"])
+    assert (meant.lora_rank, meant.lora_alpha, meant.max_steps, meant.max_length) == (64, 16, 4263, 4096)
+    assert build_spec(OriginalTrainSpec, spec.model_dump(mode="json")) == spec
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"method": "kto"}, "method"),
+        ({"config": CONFIG | {"load_in_4bit": True}}, "config.load_in_4bit"),
+        ({"config": CONFIG | {"beta": 0.1}}, "config.beta"),
+        ({"config": CONFIG | {"loss": "nll"}}, "config.loss"),
+        ({"config": CONFIG | {"base_model": "x"}}, "config.base_model"),
+    ],
+)
+def test_refusals_of_other_categories_name_the_field_of_this_body(fields: dict[str, Any], field: str) -> None:
+    assert refusal(category="emb", **fields).field == field
 
 
 @pytest.mark.parametrize(

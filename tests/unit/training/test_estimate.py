@@ -15,6 +15,7 @@ from aidocks.errors import InvalidSpec
 from aidocks.specs.train_settings import DeepSpeed
 from aidocks.training.device import TrainingDevice
 from aidocks.training.estimate import (
+    LLMSetup,
     Setup,
     activation_bytes,
     flops_per_token,
@@ -40,7 +41,15 @@ BILLION = ModelShape(
     context=4096,
 )
 HYPER = LLMHyperparameters(learning_rate=1e-4, per_device_train_batch_size=4, max_length=512)
-FULL = Setup(BILLION, "sft", AdapterSettings(kind="full"), HYPER, "bfloat16", members=4, cuda=True)
+FULL = LLMSetup(
+    shape=BILLION,
+    method="sft",
+    adapter=AdapterSettings(kind="full"),
+    hyper=HYPER,
+    precision="bfloat16",
+    members=4,
+    cuda=True,
+)
 
 
 def with_hyper(setup: Setup, **changes: Any) -> Setup:
