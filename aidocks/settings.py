@@ -45,8 +45,8 @@ class Settings(BaseSettings):
     max_datasets_bytes: int = Field(50 << 30, ge=1, description="What all data sets may have together.")
     remote_code_models: Annotated[frozenset[str], NoDecode] = Field(
         frozenset(),
-        description="Models that may bring Python code of their own, separated by commas: `org/name@revision`, or "
-        "registry names.",
+        description="Models that find texts and may run Python code of their own, separated by commas: "
+        "`org/name@commit` of the hub, or registry names. Whoever may import a model under such a name may run code.",
     )
     serving_replicas: int = Field(
         1, ge=1, description="Processes that answer /embed and /rerank, at most; they end when nobody asks."
@@ -85,6 +85,13 @@ class Settings(BaseSettings):
         if isinstance(models, str):
             return frozenset(name.strip() for name in models.split(",") if name.strip())
         return models
+
+    @field_validator("serving_gpus", mode="after")
+    @classmethod
+    def _whole_if_several(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("more than one GPU can only be taken whole: a part of one, or 1, 2, …")
+        return gpus
 
     @property
     def service_url(self) -> str:

@@ -78,6 +78,10 @@ class RayPool:
         gpus = int(resources.get("GPU", 0))
         self.parallelism = workers or gpus or max(1, int(resources.get("CPU", 1)))
         self._device = "cuda" if gpus else "cpu"
+        if gpus and reserved_gpus >= gpus:
+            _log.warning(
+                "AIDOCKS_SERVING_GPUS takes all %d GPUs: jobs wait until nobody asks /embed and /rerank", gpus
+            )
         # Ray counts in ten-thousandths of a GPU.
         free = math.floor(1e4 * max(0.0, gpus - reserved_gpus) / self.parallelism) / 1e4
         self._gpu_share = min(1.0, max(1e-4, free)) if gpus else 0.0

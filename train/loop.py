@@ -141,7 +141,7 @@ def _require_steps(trainer: Any, training: Training) -> None:
         raise InvalidSpec(
             f"The {training.train.count} rows do not fill one step, so nothing was trained.",
             field="dataset",
-            hint="Give more rows, or lower per_device_train_batch_size and gradient_accumulation_steps.",
+            hint="Give more rows, or lower per_device_train_batch_size, gradient_accumulation_steps or workers.",
         )
 
 

@@ -76,7 +76,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
             raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path.name} of {path.parent.name} cannot be read: {error}.") from error
+        # Errors of the system also name the directories of this machine.
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CorruptCheckpoint(f"{path.name} of {path.parent.name} cannot be read: {why}.") from error
     if not isinstance(document, dict):
         raise CorruptCheckpoint(f"{path.name} of {path.parent.name} is not a JSON object.")
     return document

@@ -20,7 +20,15 @@ from aidocks.client.wording import size
 from aidocks.settings import Settings
 
 _EXTRAS = {
-    "local": ("torch", "transformers", "safetensors", "sqlalchemy", "numpy", "matplotlib"),
+    "local": (
+        "torch",
+        "transformers",
+        "safetensors",
+        "sqlalchemy",
+        "numpy",
+        "matplotlib",
+        "sentence-transformers",
+    ),
     "service": ("ray", "fastapi", "fastapi-offline", "psutil"),
 }
 _LOW_DISK = 5_000_000_000

@@ -1,9 +1,10 @@
 """Results as tables, from the shape of the data alone: a new operation needs nothing here.
 
 Rules: ``x`` with a sibling ``x_standard_error`` (or followed by ``standard_error``) reads ``x ± se``; names
-tell units (``seconds``, ``_s``, ``bytes``, ``_at``; ``_per_s`` is a rate); an object is one line of its facts; a
-list of objects is a table, and so are several objects of the same facts. In a row of a table, numbers by name are
-columns of these names, and so are objects of a name and a number.
+tell units (``seconds``, ``_s``, ``bytes``, ``_at``; ``_per_s`` is a rate); ``x`` with ``x_low`` and ``x_high`` (or
+followed by ``low`` and ``high``) reads ``x [low, high]``; an object is one line of its facts; a list of objects is a
+table, and so are several objects of the same facts. In a row of a table, numbers by name are columns of these names,
+and so are objects of a name and a number; objects with ``before`` and ``after`` are rows of their own.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def result_view(result: Mapping[str, Any]) -> Iterator[RenderableType]:
     _gather(facts, lists)
     # Long lists first: the summary stays on the screen.
     for name, rows in lists.items():
-        yield table_of(rows, title=f"{_words(name)}: {len(rows)}", limit=_ROWS)
+        figures = [figure for row in rows for figure in _compared(row)]
+        limit = _ROWS if len(figures) == len(rows) else None
+        yield table_of(figures, title=f"{_words(name)}: {len(rows)}", limit=limit)
         yield ""
     yield fact_table(facts)
 
@@ -105,6 +108,15 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None, limit:
     return table
 
 
+def _compared(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row, or one for each figure where it has a list of figures before and after."""
+    for name, value in row.items():
+        if _is_list_of_objects(value) and {"before", "after"} <= set(value[0]):
+            rest = {other: fact for other, fact in row.items() if other != name}
+            return [rest | item for item in value]
+    return [dict(row)]
+
+
 def _spread(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with what is measured of several things as a column for each of them."""
     flat: dict[str, Any] = {}
@@ -114,22 +126,27 @@ def _spread(row: Mapping[str, Any]) -> dict[str, Any]:
         elif _is_list_of_objects(value) and all(isinstance(next(iter(item.values())), str) for item in value):
             for item in value:
                 (_, title), *facts = _facts(item)
-                flat |= {title: facts[0][1]} if facts else {}
+                numbers = [fact for fact in facts if isinstance(item[fact[0]], int | float)]
+                flat |= {title: (numbers or facts)[0][1]} if facts else {}
         else:
             flat[name] = value
     return flat
 
 
 def _facts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    errors = dict(_standard_errors(values))
+    errors, intervals = dict(_standard_errors(values)), dict(_intervals(values))
+    beside = {*errors.values(), *(end for ends in intervals.values() for end in ends)}
     for name, value in values.items():
-        if value is None or value in ({}, [], ()) or name in errors.values():
+        if value is None or value in ({}, [], ()) or name in beside:
             continue
         error = values.get(errors.get(name, ""))
+        ends = [values[end] for end in intervals.get(name, ())]
         if isinstance(value, int | float) and isinstance(error, int | float):
             yield name, measured_text(value, error)
-        else:
-            yield name, value_text(name, value)
+        elif isinstance(value, float) and ends and all(isinstance(end, int | float) for end in ends):
+            yield name, f"{value:.4f} [{ends[0]:.4f}, {ends[1]:.4f}]"
+        elif text := value_text(name, value):
+            yield name, text
 
 
 def _standard_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -140,6 +157,17 @@ def _standard_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield before, name
         elif name.endswith("_standard_error") and name.removesuffix("_standard_error") in values:
             yield name.removesuffix("_standard_error"), name
+        before = name
+
+
+def _intervals(values: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield pairs of a name and the names of the ends of its interval."""
+    before = None
+    for name in values:
+        if name == "low" and "high" in values and before is not None:
+            yield before, ("low", "high")
+        elif f"{name}_low" in values and f"{name}_high" in values:
+            yield name, (f"{name}_low", f"{name}_high")
         before = name
 
 

@@ -40,7 +40,9 @@ Model = Annotated[
 ]
 File = Annotated[
     Path | None,
-    typer.Option("--file", metavar="FILE", help="A text of each line; '-' reads standard input."),
+    typer.Option(
+        "--file", metavar="FILE", help="A text of each line that is not empty; '-' reads standard input."
+    ),
 ]
 Here = Annotated[bool, typer.Option("--local", help="Compute in this process, without a service.")]
 
@@ -82,7 +84,7 @@ def embed(
     if manner.json:
         print_json(document | {"usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
     else:
-        remark(f"{count} vectors of {answer.dimensions} values, {tokens} tokens")
+        remark(f"{count} vector{'' if count == 1 else 's'} of {answer.dimensions} values, {tokens} tokens")
 
 
 def rerank(
@@ -123,7 +125,8 @@ def _given_texts(texts: Sequence[str] | None, file: Path | None) -> list[str]:
     if file is not None:
         try:
             data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-            lines = data.decode("utf-8-sig").splitlines()
+            # Not all that Unicode takes for the end of a line: texts hold such characters.
+            lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidSpec(f"{file} cannot be read: {error}.", field="file", value=str(file)) from None
         given += [line for line in lines if line.strip()]

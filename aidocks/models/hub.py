@@ -6,7 +6,7 @@ talks to the hub, at the moment it does: it is never part of a spec, a unit, an 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import UNFINISHED
+from aidocks.checkpoints.layout import CONFIG_FILE, read_json_object, weights_present
 from aidocks.errors import HubRefused, UnknownModel, UnsafeCheckpoint
 from aidocks.models.manifest import MANIFEST_FILE
 from aidocks.models.resolve import HUB_DUPLICATES, HUB_FILES, HUB_TASKS, parse_hub_id
@@ -135,21 +136,26 @@ def fetch(reference: str, token: str | None, *, code: bool = False) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    from aidocks.checkpoints.layout import weights_present
-
     repo, revision = parse_hub_id(reference)
     with explaining(repo, "download"):
-        path = Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                token=token or False,
-                allow_patterns=[*HUB_FILES, *_PAPERS, *(["*.py"] if code else [])],
-                ignore_patterns=list(HUB_DUPLICATES),
+
+        def download(*patterns: str, ignored: Sequence[str] = ()) -> Path:
+            return Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    token=token or False,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=list(ignored),
+                )
             )
-        )
-        if _may_have_tasks(path):
-            snapshot_download(repo, revision=path.name, token=token or False, allow_patterns=list(HUB_TASKS))
+
+        # First: a model whose weights are there is taken for complete, whenever this process may end.
+        told = download(CONFIG_FILE)
+        revision = told.name
+        if _may_have_tasks(told):
+            download(*HUB_TASKS)
+        path = download(*HUB_FILES, *_PAPERS, *(["*.py"] if code else []), ignored=HUB_DUPLICATES)
     if not weights_present(path):
         raise UnsafeCheckpoint(
             f"{reference} has no weights in safetensors format on the hub.",
@@ -161,8 +167,6 @@ def fetch(reference: str, token: str | None, *, code: bool = False) -> Path:
 
 def _may_have_tasks(path: Path) -> bool:
     """Tell whether a model is of a kind that comes with adapters for tasks, each in a sub-directory."""
-    from aidocks.checkpoints.layout import CONFIG_FILE, read_json_object
-
     config = path / CONFIG_FILE
     return config.is_file() and read_json_object(config).get("model_type") == "jina_embeddings_v3"
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from aidocks.errors import IncompatibleModels, InvalidSpec
+from aidocks.errors import CorruptCheckpoint, IncompatibleModels, InvalidSpec
 from aidocks.models.resolve import ModelResolver
 from aidocks.retrieval.architecture import architecture_of
 from aidocks.retrieval.opening import open_retriever
@@ -54,26 +54,37 @@ def pairs_of(asked: RerankRequest) -> list[Pair]:
     return [(asked.query, text) for text in asked.texts]
 
 
-def cut(row: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:
-    """Return the leading part of a vector [D], with length 1 again; all of it where no length is asked for.
+def vectors(
+    asked: EmbedRequest, rows: NDArray[np.float32] | Sequence[NDArray[np.float32]]
+) -> NDArray[np.float32]:
+    """Return the vectors of a request: float32 [N, D], or their leading parts, each with length 1 again.
+
+    Args:
+        asked: The request.
+        rows: Of its N texts, as the model makes them, each [D].
 
     Raises:
-        InvalidSpec: The vector is shorter.
+        InvalidSpec: They are shorter than what is asked for.
+        CorruptCheckpoint: The model makes no numbers.
     """
     import numpy as np
 
-    if dimensions is None:
-        return row
-    if dimensions > len(row):
+    made = np.asarray(rows, np.float32)
+    _require_numbers(bool(np.isfinite(made).all()), asked.model)
+    length = made.shape[1]
+    if asked.dimensions is None:
+        return made
+    if asked.dimensions > length:
         raise InvalidSpec(
-            f"The model's vectors have {len(row)} values.",
+            f"The model's vectors have {length} values.",
             field="dimensions",
-            value=dimensions,
-            hint=f"Ask for {len(row)} at most.",
+            value=asked.dimensions,
+            hint=f"Ask for {length} at most.",
         )
-    part = row[:dimensions]
-    length = np.float32(np.linalg.norm(part))
-    return part / length if length > 0 else part
+    parts = made[:, : asked.dimensions]
+    norms: NDArray[np.float32] = np.linalg.norm(parts, axis=1, keepdims=True).astype(np.float32)
+    norms[norms == 0] = 1
+    return parts / norms
 
 
 def ranking(asked: RerankRequest, scores: Sequence[float]) -> tuple[Ranked, ...]:
@@ -82,7 +93,11 @@ def ranking(asked: RerankRequest, scores: Sequence[float]) -> tuple[Ranked, ...]
     Args:
         asked: The request.
         scores: Of its passages, as the model makes them.
+
+    Raises:
+        CorruptCheckpoint: The model makes no numbers.
     """
+    _require_numbers(all(map(math.isfinite, scores)), asked.model)
     texts = asked.texts
     order = sorted(range(len(texts)), key=lambda place: (-scores[place], place))
     return tuple(
@@ -101,3 +116,14 @@ def between_0_and_1(score: float) -> float:
         return 1.0 / (1.0 + math.exp(-score))
     small = math.exp(max(score, -700.0))
     return small / (1.0 + small)
+
+
+def _require_numbers(are_finite: bool, model: str) -> None:
+    """Refuse an answer of what is no number. Asked of each request: one's texts need not be another's failure."""
+    if not are_finite:
+        raise CorruptCheckpoint(
+            f"{model} makes values that are no numbers.",
+            field="model",
+            value=model,
+            hint="Its weights hold values that are no numbers, or it overflows in its data type.",
+        )

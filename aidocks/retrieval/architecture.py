@@ -21,7 +21,7 @@ from aidocks.checkpoints.layout import (
     read_entries,
     read_json_object,
 )
-from aidocks.errors import CorruptCheckpoint, IncompatibleModels, UnsafeCheckpoint
+from aidocks.errors import AIDocksError, CorruptCheckpoint, IncompatibleModels, UnsafeCheckpoint
 from aidocks.models.card import read_license
 from aidocks.retrieval.own_code import native_copy, native_source, why_own_code
 from aidocks.training.retriever import Prompts, RetrieverKind
@@ -118,6 +118,18 @@ def architecture_of(directory: Path) -> Architecture:
         UnsafeCheckpoint: Some of its weights are there only as pickles.
         CorruptCheckpoint, UnknownModel: Files are missing or cannot be read.
     """
+    try:
+        return _read(directory)
+    except AIDocksError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        # Values of another form than anybody writes.
+        raise CorruptCheckpoint(
+            f"The configuration of {directory.name} is not understood: {error}.", value=directory.name
+        ) from error
+
+
+def _read(directory: Path) -> Architecture:
     modules = _modules(directory)
     inner = _transformer(directory, modules)
     if (inner / ADAPTER_CONFIG_FILE).is_file():
@@ -190,7 +202,7 @@ def told_beside(adapter: Path, base: Architecture) -> Architecture:
         known["prompts"] = _prompts(told["prompts"])
     length = _told(adapter / TRANSFORMER_FILE).get("max_seq_length")
     if isinstance(length, int) and length > 0:
-        known["max_length"] = length
+        known["max_length"] = min(length, base.context or length)
     return base.model_copy(update=known)
 
 
@@ -333,9 +345,6 @@ def _prompts(stored: Any) -> Prompts:
 
 def _max_length(inner: Path, config: Mapping[str, Any]) -> int:
     """Return how many tokens a model reads: as sentence-transformers was told, else by tokenizer and positions."""
-    said = _told(inner / TRANSFORMER_FILE).get("max_seq_length")
-    if isinstance(said, int) and said > 0:
-        return min(said, _LONGEST)
     context = context_of(config)
     if context and str(config.get("model_type")) in (
         "roberta",
@@ -346,6 +355,10 @@ def _max_length(inner: Path, config: Mapping[str, Any]) -> int:
     ):
         # Their positions begin after that of the padding.
         context -= 2
+    said = _told(inner / TRANSFORMER_FILE).get("max_seq_length")
+    if isinstance(said, int) and said > 0:
+        # There is no embedding for a place beyond the context.
+        return min(said, context or _LONGEST, _LONGEST)
     tokenizer = _told(inner / "tokenizer_config.json").get("model_max_length")
     known = [one for one in (context, tokenizer) if isinstance(one, int | float) and 0 < one <= _LONGEST]
     return int(min(known)) if known else 512

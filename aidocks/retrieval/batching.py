@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,20 +31,37 @@ class Read(NamedTuple):
         return [len(ids) for ids in self.ids]
 
 
-def batches(lengths: Sequence[int], device: str) -> Iterator[list[int]]:
-    """Yield the numbers of texts that are computed together: longest first, so that memory is known at once.
+def in_batches(lengths: Sequence[int], device: str, compute: Callable[[list[int]], None]) -> None:
+    """Have texts computed together, the longest first: what needs the most memory is known at once.
+
+    A batch that a GPU has no memory for is halved, and so are those after it: how much is free there depends on the
+    model, and on who else uses it.
 
     Args:
         lengths: Tokens of each text.
         device: Of torch.
+        compute: Is given the numbers of the texts of a batch.
+
+    Raises:
+        torch.OutOfMemoryError: There is no memory for a single text.
     """
     most = CPU_TOKENS if device == "cpu" else GPU_TOKENS
     order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
     begin = 0
     while begin < len(order):
-        together = max(1, most // max(1, lengths[order[begin]]))
-        yield order[begin : begin + together]
-        begin += together
+        longest = max(1, lengths[order[begin]])
+        chosen = order[begin : begin + max(1, most // longest)]
+        try:
+            compute(chosen)
+        except torch.OutOfMemoryError:
+            if len(chosen) == 1:
+                raise
+            most = longest * (len(chosen) // 2)
+        else:
+            begin += len(chosen)
+            continue
+        # Not above: there the error still holds what was computed.
+        torch.cuda.empty_cache()
 
 
 def features(read: Read, chosen: Sequence[int], tokenizer: Any, device: str) -> dict[str, Any]:

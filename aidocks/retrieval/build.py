@@ -5,29 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from aidocks.checkpoints.writer import parse_size
-from aidocks.errors import InvalidSpec
 from aidocks.evaluate.comparison import shown
 from aidocks.retrieval.checks import kind_of, notes_of_loss, require_loss, seen_in
-from aidocks.retrieval.estimate import QUERY_TOKENS, RetrieverSetup, fitted, tokens_of
+from aidocks.retrieval.estimate import QUERY_TOKENS, RetrieverSetup, fitted, head_of, tokens_of
 from aidocks.retrieval.hyper import (
     Loss,
+    batches,
     choose_loss,
     epochs,
     examples,
     hyperparameters,
+    passes,
     steps,
     with_intervals,
 )
 from aidocks.retrieval.request import Found, RetrievalRequest
 from aidocks.specs.train_llm_result import TrainEstimate
 from aidocks.specs.train_retrieval_result import RankingData
+from aidocks.training.device import require_optimizer
 from aidocks.training.estimate import USABLE, WIDTHS
-from aidocks.training.fitting import Fit, available_bytes, choose, deepspeed_config
+from aidocks.training.fitting import Fit, available_bytes, choose, deepspeed_config, stage_of
 from aidocks.training.resuming import Identity, require_same, require_steps_left
 from aidocks.training.retriever import (
     EmbeddingTraining,
@@ -57,7 +60,7 @@ class RetrievalBuild:
         self.trained_data: tuple[RankingData, ...] = found.data.data[: len(spec.datasets())]
         self.seen = seen_in(self.trained_data)
         require_loss(spec, self.seen)
-        _require_device(spec.optim, found, spec.resources.gpus if spec.resources else None)
+        require_optimizer(spec.optim, found.device, spec.resources.gpus if spec.resources else None)
         self.loss: Loss = choose_loss(spec, found.data.rows)
         self._has_negatives = self.seen.negatives or spec.mine_negatives is not None
         self.examples = examples(self.loss, self.trained_data, spec.negatives)
@@ -68,8 +71,8 @@ class RetrievalBuild:
             batch=spec.per_device_train_batch_size is None,
             checkpointing=spec.gradient_checkpointing is None,
         )
-        self.fit: Fit = choose(setup, spec.deepspeed, available)
-        self.hyper: RetrieverHyperparameters = with_intervals(spec, setup.hyper, self.examples)
+        self.hyper: RetrieverHyperparameters = self._completed(setup.hyper)
+        self.fit: Fit = choose(replace(setup, hyper=self.hyper), spec.deepspeed, available)
         if request.resumed is not None:
             require_same(request.resumed, self.identity, {"method": "loss"})
             require_steps_left(request.resumed, self.hyper.max_steps)
@@ -92,12 +95,11 @@ class RetrievalBuild:
         notes = [*self.request.notes, *notes_of_loss(spec, self.seen)]
         if spec.deepspeed.offload and not self.found.device.cuda:
             notes.append("`offload` has no effect: without GPUs all memory is main memory.")
-        usual = self._setup().hyper
-        if self.hyper.per_device_train_batch_size < usual.per_device_train_batch_size:
-            notes.append(
-                f"A batch of {usual.per_device_train_batch_size} does not fit a worker, so one of "
-                f"{self.hyper.per_device_train_batch_size} is taken; {self.fit.setup.instead}."
-            )
+        batch, usual = self.hyper.per_device_train_batch_size, batches(spec, self.loss)[0]
+        if batch < usual:
+            passes = self.hyper.gradient_accumulation_steps
+            more = f" {passes} times a step" if passes > 1 else f"; {self.fit.setup.instead}"
+            notes.append(f"A batch of {usual} does not fit a worker, so one of {batch} is taken{more}.")
         return tuple(notes)
 
     @property
@@ -110,8 +112,7 @@ class RetrievalBuild:
         """What its checkpoints are of."""
         stage = self.fit.setup.stage
         return Identity(
-            # With an adapter, the base is two.
-            base_model="+".join(one.content_hash for one in self.found.parents if one.field == "base_model"),
+            base_model=self._base_identity(),
             method=f"{self.request.kind}, {self.loss}",
             dataset=self._rows_identity(),
             adapter=self.request.adapter,
@@ -167,8 +168,8 @@ class RetrievalBuild:
         own: dict[str, Any] = {"name": name, "max_length": self.hyper.max_length}
         if self.request.spec.makes_adapter:
             own["adapter"] = self.output
-        else:  # how it pools is in its files
-            own |= {"model": self.output, "pooling": None, "normalize": None, "task": None}
+        else:  # how it pools is in its files, and what adapters the base had are in its weights
+            own |= {"model": self.output, "adapter": None, "task": None, "pooling": None, "normalize": None}
         return self.request.base.model_copy(update=own)
 
     def unit(self, train: Rows, held_out: Rows | None) -> TrainModel:
@@ -226,16 +227,21 @@ class RetrievalBuild:
         hyper = hyperparameters(
             spec,
             self.loss,
-            count=self.examples,
             parameters=request.shape.parameters,
             max_length=request.max_length,
             negatives=self._has_negatives,
         )
+        stage = spec.deepspeed.fixed_stage
+        head, new_head = head_of(request.architecture, request.kind)
         return RetrieverSetup(
             kind=kind_of(spec),
             loss=self.loss,
             decoder=request.architecture.family == "decoder",
             negatives=self._negatives(),
+            head=head,
+            new_head=new_head,
+            stage=None if stage is None else stage_of(stage),
+            offload=stage is not None and spec.deepspeed.offload and self.found.device.cuda,
             shape=request.shape,
             adapter=request.adapter,
             hyper=hyper,
@@ -253,6 +259,19 @@ class RetrievalBuild:
         queries = sum(one.train for one in self.trained_data)
         named = math.ceil(sum(one.negatives for one in self.trained_data) / max(1, queries))
         return named + (mined.per_query if mined is not None else 0)
+
+    def _completed(self, hyper: RetrieverHyperparameters) -> RetrieverHyperparameters:
+        """Return hyper-parameters whose batch is settled, with what follows from it."""
+        spec = self.request.spec
+        count = passes(spec, self.loss, hyper.per_device_train_batch_size)
+        own = hyper.model_copy(update={"gradient_accumulation_steps": count})
+        return with_intervals(spec, own, self.examples)
+
+    def _base_identity(self) -> str:
+        """Return a hash of what is trained: of the model, the adapter on it, and which of its own is used."""
+        parts = [one.content_hash for one in self.found.parents if one.field == "base_model"]
+        task = self.request.base.task
+        return "+".join([*parts, *([task] if task else [])])
 
     def _rows_identity(self) -> str:
         """Return a hash of what is trained on: of the rows, and of what is to be found for them."""
@@ -272,16 +291,3 @@ class RetrievalBuild:
     def _available(self) -> int:
         spec = self.request.spec
         return available_bytes(self.found.device, spec.workers, self._reserved, spec.spread_over_nodes)
-
-
-def _require_device(optim: str, found: Found, gpus: float | None) -> None:
-    """Refuse what needs a GPU where there is none, before anything is measured."""
-    if found.device.cuda and gpus != 0:
-        return
-    if "8bit" in optim or optim.startswith(("paged", "lion")):
-        raise InvalidSpec(
-            f"The optimiser {optim!r} is bitsandbytes', which needs a CUDA GPU, and the workers have none.",
-            field="optim",
-            value=optim,
-            hint="Use 'adamw_torch_fused'.",
-        )

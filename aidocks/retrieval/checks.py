@@ -8,10 +8,10 @@ from typing import NamedTuple
 from aidocks.errors import InvalidSpec
 from aidocks.retrieval.architecture import Architecture
 from aidocks.retrieval.hyper import CONTRASTING, LIST_LOSSES, Loss, RetrieverSpec, choose_loss
-from aidocks.retrieval.stages import require_stage
+from aidocks.retrieval.trainable import require_stage
 from aidocks.specs.train_emb import EmbeddingTrainSpec
 from aidocks.specs.train_retrieval_result import RankingData
-from aidocks.training.retriever import IN_BATCH_LOSSES, RetrieverKind, RowKind
+from aidocks.training.retriever import DISTILLING_LOSSES, IN_BATCH_LOSSES, RetrieverKind, RowKind
 
 #: Losses of rankings, and of scored pairs.
 _OF_RANKINGS: dict[str, tuple[Loss, ...]] = {
@@ -22,10 +22,8 @@ _OF_SCORED: dict[str, tuple[Loss, ...]] = {
     "embedding": ("cosent", "angle", "cosine"),
     "reranker": ("bce", "mse"),
 }
-#: Losses that learn from what a better model says, and from nothing else (rankings).
-_TAUGHT: tuple[Loss, ...] = ("margin_mse", "distill_kl", "mse")
 #: Losses that have nothing to tell the right passage from without wrong ones that were chosen, or judged.
-_CONTRASTED: tuple[Loss, ...] = ("triplet", "margin_mse")
+_CONTRASTED: tuple[Loss, ...] = ("triplet", "margin_mse", "distill_kl")
 
 
 class RowsSeen(NamedTuple):
@@ -79,14 +77,16 @@ def require_loss(spec: RetrieverSpec, seen: RowsSeen) -> None:
     if seen.rows == "scored":
         _require_scored(spec)
         return
-    if loss in _TAUGHT and spec.distill_from is None and not seen.scored:
+    if loss in DISTILLING_LOSSES and spec.distill_from is None and not seen.scored:
         raise InvalidSpec(
             f"The loss {loss!r} learns a better model's scores, and the rows have none.",
             field="loss",
             value=loss,
             hint="Name a reranker in `distill_from`, or give `pos_scores` and `neg_scores` with the rows.",
         )
-    if loss in _CONTRASTED and not seen.negatives and spec.mine_negatives is None:
+    # What is found for rows that have scores would have none, so it is not looked for.
+    finds = spec.mine_negatives is not None and not seen.scored
+    if loss in _CONTRASTED and not seen.negatives and not finds:
         raise InvalidSpec(
             f"The loss {loss!r} tells right passages from wrong ones, and the rows name no wrong ones.",
             field="mine_negatives",
@@ -112,7 +112,7 @@ def require_engine(spec: RetrieverSpec) -> None:
     """Refuse what DeepSpeed cannot train, where the request asks for it.
 
     Raises:
-        InvalidSpec: As :func:`~aidocks.retrieval.stages.require_stage`.
+        InvalidSpec: As :func:`~aidocks.retrieval.trainable.require_stage`.
     """
     asked = spec.deepspeed
     # What is chosen for a request that names no loss, every stage can train but the last.

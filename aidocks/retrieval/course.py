@@ -12,6 +12,7 @@ from aidocks.checkpoints.layout import ADAPTER_FILE, CONFIG_FILE, read_entries, 
 from aidocks.models.publication import Staged
 from aidocks.plan import Plan, Stage
 from aidocks.retrieval.build import RetrievalBuild
+from aidocks.retrieval.eval_set import EvalSet
 from aidocks.retrieval.measures import Measured
 from aidocks.retrieval.measuring import Candidates, find_candidates, measure
 from aidocks.retrieval.mining import Mined, mine
@@ -162,7 +163,7 @@ class RetrievalCourse:
         )
 
     @property
-    def _sets(self) -> Any:
+    def _sets(self) -> tuple[EvalSet, ...]:
         return self._build.found.data.sets
 
     def _rows(self) -> Generator[Stage, list[Any], tuple[Rows, Rows | None, Mined | None]]:
@@ -227,8 +228,6 @@ class RetrievalCourse:
                 "notes": (*planned.notes, *(mined.notes if mined else ()), *trained.notes),
                 "model": name,
                 "dry_run": False,
-                "backend": trained.backend,
-                "backend_reason": trained.backend_reason,
                 "device": trained.device,
                 "workers": trained.world_size,
                 "precision": trained.precision,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aidocks.plan import UnitContext
+from aidocks.retrieval.libraries import require_libraries
 from aidocks.training.retriever import Retriever
 
 if TYPE_CHECKING:
@@ -37,10 +38,12 @@ class Embedder:
         model: Of sentence-transformers.
 
     Raises:
+        MissingExtra: A library is not installed.
         IncompatibleModels, CorruptCheckpoint: As :func:`aidocks.retrieval.loading.load_embedding_model`.
     """
 
     def __init__(self, retriever: Retriever, device: str, dtype: torch.dtype | None = None) -> None:
+        require_libraries()
         from aidocks.evaluate.causal_lm import evaluation_dtype
         from aidocks.retrieval.loading import load_embedding_model, stored_dtype
 
@@ -65,16 +68,19 @@ class Embedder:
         """
         import torch
 
-        from aidocks.retrieval.batching import batches, features
+        from aidocks.retrieval.batching import features, in_batches
 
         read = self._read(texts, role, prompt)
         vectors = np.empty((len(texts), self.dimensions), np.float32)
         self._take_side(role)
+
+        def compute(chosen: list[int]) -> None:
+            inputs = features(read, chosen, self.model.tokenizer, self.device)
+            found = self.model(inputs)["sentence_embedding"][:, : self.dimensions]
+            vectors[chosen] = found.float().cpu().numpy()
+
         with torch.inference_mode():
-            for chosen in batches(read.lengths, self.device):
-                inputs = features(read, chosen, self.model.tokenizer, self.device)
-                found = self.model(inputs)["sentence_embedding"][:, : self.dimensions]
-                vectors[chosen] = found.float().cpu().numpy()
+            in_batches(read.lengths, self.device, compute)
         return vectors
 
     def count_tokens(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from aidocks.checkpoints.files import OutputFile, StagedFile, state_of, write_text
+from aidocks.checkpoints.files import OutputFile, StagedFile, hash_file, state_of, write_text
 from aidocks.errors import CorruptCheckpoint
 from aidocks.plan import Unit, UnitContext
 from aidocks.retrieval.parts import parts_of
@@ -113,10 +113,10 @@ def _read_kept(about: Path) -> Vectors | None:
     """Return the vectors that an earlier unit of the job made of the same; None where there are none."""
     try:
         kept = Vectors.model_validate_json(about.read_bytes())
-        whole = kept.file.path.stat().st_size == kept.file.bytes
+        # The same bytes, and not only as many: results of another attempt may lie there, or a damaged file.
+        return kept if hash_file(kept.file.path) == kept.file.sha256 else None
     except (OSError, ValidationError):
         return None
-    return kept if whole else None
 
 
 def embedding_units(

@@ -13,8 +13,9 @@ class EvalSet(BaseModel):
 
     ========= ==============================================================================================
     ranking   ``queries``: ``query``, ``relevant`` (line of the corpus from 0, as text -> grade, 1 and more),
-              ``candidates`` (lines that the row itself names: right ones and wrong ones; maybe right ones alone).
-              ``corpus``: ``text``
+              ``candidates`` (lines that the row itself names: right ones and wrong ones; maybe right ones alone), and
+              maybe ``itself`` (line of a passage that is the query, word for word, and no right one: it is not looked
+              for, as in BEIR's own measurements). ``corpus``: ``text``
     scored    ``queries``: ``first``, ``second``, ``score`` (0 to 1); no corpus
     ========= ==============================================================================================
     """

@@ -63,12 +63,7 @@ def _alone(figures: Sequence[Figure]) -> str:
     return "; stroke: the retriever alone" if any(one.retriever is not None for one in figures) else ""
 
 
-def _mark(
-    axes: Any, place: float, drawn: tuple[float | None, float | None, float | None], color: str
-) -> None:
+def _mark(axes: Any, place: float, drawn: tuple[float, float, float], color: str) -> None:
     value, low, high = drawn
-    if value is None:
-        return
-    if low is not None and high is not None:
-        axes.plot([low, high], [place, place], color=color, linewidth=1)
+    axes.plot([low, high], [place, place], color=color, linewidth=1)
     axes.plot([value], [place], marker="o", markersize=3.5, color=color)

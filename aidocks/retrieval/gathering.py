@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import BaseModel, Field
 
 from aidocks.checkpoints.files import OutputFile
 from aidocks.errors import InvalidSpec
 from aidocks.plan import Unit, UnitContext
+from aidocks.retrieval.data.convert import checked_text, with_title
 from aidocks.retrieval.data.passages import Passages
 from aidocks.retrieval.parts import JoinedRows, texts_of
+from aidocks.specs.train_data import SkippedRows
 from aidocks.training.data.reading import first_rows, place_of, read_rows
 from aidocks.training.data.rows import BadRow, DataSource, Faults
 from aidocks.training.data.rows_file import rows_file
@@ -31,16 +33,21 @@ _COLUMNS = (
     "chunk",
     "context",
 )
-_TITLE = "title"
 
 
-class GatherPassages(Unit[JoinedRows]):
+class GatheredPassages(JoinedRows):
+    """Passages, and what of the file was left out."""
+
+    skipped: tuple[SkippedRows, ...]
+
+
+class GatherPassages(Unit[GatheredPassages]):
     """The distinct passages of a data set and of a file, those of the data set first.
 
     A column called `title` is put before the text, as BEIR's corpora are read.
     """
 
-    result_type: ClassVar[type[BaseModel]] = JoinedRows
+    result_type: ClassVar[type[BaseModel]] = GatheredPassages
 
     own: Rows = Field(description="Rows of `text`.")
     further: DataSource
@@ -54,10 +61,10 @@ class GatherPassages(Unit[JoinedRows]):
     def computes(self) -> bool:
         return False
 
-    def outputs(self, result: JoinedRows) -> Sequence[OutputFile]:
+    def outputs(self, result: GatheredPassages) -> Sequence[OutputFile]:
         return (result.file,)
 
-    def run(self, context: UnitContext) -> JoinedRows:
+    def run(self, context: UnitContext) -> GatheredPassages:
         column = self._column()
         faults = Faults(self.further.name, place_of(self.further), "corpus")
         with rows_file(self.path) as file:
@@ -70,12 +77,12 @@ class GatherPassages(Unit[JoinedRows]):
                 try:
                     if row.values is None:
                         raise row.fault or BadRow("it cannot be read")
-                    passages.add(_passage(row.values, column))
+                    passages.add(checked_text(with_title(row.values, column), column))
                 except BadRow as fault:
                     faults.add(row.number, fault)
             faults.require_enough(count)
             rows, written = file.publish()
-        return JoinedRows(rows=rows, file=written)
+        return GatheredPassages(rows=rows, file=written, skipped=faults.summary())
 
     def _column(self) -> str:
         seen = {column for row in first_rows(self.further, field="corpus") for column in row}
@@ -88,10 +95,3 @@ class GatherPassages(Unit[JoinedRows]):
                 hint=f"Name it one of {', '.join(_COLUMNS)}. It has: {', '.join(sorted(seen)) or 'no columns'}.",
             )
         return found
-
-
-def _passage(values: Mapping[str, Any], column: str) -> str:
-    text, title = values.get(column), values.get(_TITLE)
-    if not isinstance(text, str) or not text.strip():
-        raise BadRow("it has no text", field=column)
-    return f"{title} {text}".strip() if isinstance(title, str) else text

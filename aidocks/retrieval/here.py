@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from aidocks.models.resolve import ModelResolver
-from aidocks.retrieval.answers import cut, open_trained, pairs_of, ranking, recipe_of
+from aidocks.retrieval.answers import open_trained, pairs_of, ranking, recipe_of, vectors
 from aidocks.retrieval.serving import Call, ModelsAtHand, Recipe
 from aidocks.settings import Settings
 from aidocks.specs.retrieve import EmbedAnswer, EmbedRequest, RerankAnswer, RerankRequest, Usage
@@ -28,11 +28,11 @@ class RetrievalHere:
         """
         retriever = open_trained(asked.model, "embedding", self._resolver, self._remote_code)
         reply = self._models.compute(Call(recipe_of(asked, retriever), asked.texts))
-        vectors = tuple(tuple(cut(row, asked.dimensions).tolist()) for row in reply.values)
+        made = vectors(asked, reply.values)
         return EmbedAnswer(
             model=asked.model,
-            dimensions=len(vectors[0]),
-            embeddings=vectors,
+            dimensions=made.shape[1],
+            embeddings=tuple(map(tuple, made.tolist())),
             usage=_usage(sum(reply.tokens)),
         )
 

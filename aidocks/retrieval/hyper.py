@@ -37,8 +37,9 @@ def learning_rate(adapter: str, parameters: int) -> float:
     """Return the highest learning rate of a training that names none.
 
     All weights: 2e-5, as in the examples of sentence-transformers for embedding models and cross-encoders alike.
-    Low-rank factors want about ten times that (Schulman et al., *LoRA Without Regret*, 2025). Small models want more:
-    the best of those that I. Turc et al. (arXiv 1908.08962) fine-tuned were found at 1e-4 and 3e-4.
+    Low-rank factors want about ten times that, whatever the size of the model (Schulman et al., *LoRA Without Regret*,
+    2025). Small models bear more: those of I. Turc et al. (arXiv 1908.08962) were fine-tuned at up to 3e-4, as their
+    release notes say. Their factors get 1e-3: less than ten times that, for nobody has published more.
 
     Args:
         adapter: `lora`, `dora` or `full`.
@@ -64,11 +65,16 @@ def choose_loss(spec: RetrieverSpec, rows: RowKind) -> Loss:
 def batches(spec: RetrieverSpec, loss: Loss) -> tuple[int, int]:
     """Return examples of a forward pass of one worker, and forward passes of a step."""
     per_device = spec.per_device_train_batch_size or default_batch(loss)
+    return per_device, passes(spec, loss, per_device)
+
+
+def passes(spec: RetrieverSpec, loss: Loss, per_device: int) -> int:
+    """Return the forward passes of a step, each of so many examples of every worker."""
     if spec.gradient_accumulation_steps is not None:
-        return per_device, spec.gradient_accumulation_steps
-    if loss in IN_BATCH_LOSSES:
-        return per_device, 1
-    return per_device, max(1, math.ceil(GLOBAL_BATCH / (per_device * spec.workers)))
+        return spec.gradient_accumulation_steps
+    if loss in IN_BATCH_LOSSES:  # passages of another pass are no negatives
+        return 1
+    return max(1, math.ceil(GLOBAL_BATCH / (per_device * spec.workers)))
 
 
 def default_batch(loss: Loss) -> int:
@@ -129,14 +135,13 @@ def _an_epoch(spec: RetrieverSpec, hyper: RetrieverHyperparameters, count: int) 
 
 
 def hyperparameters(
-    spec: RetrieverSpec, loss: Loss, *, count: int, parameters: int, max_length: int, negatives: bool
+    spec: RetrieverSpec, loss: Loss, *, parameters: int, max_length: int, negatives: bool
 ) -> RetrieverHyperparameters:
-    """Return all hyper-parameters, the open ones chosen.
+    """Return all hyper-parameters, the open ones chosen; :func:`with_intervals` does so for those between steps.
 
     Args:
         spec: The request.
         loss: As :func:`choose_loss` returns it.
-        count: Examples of an epoch.
         parameters: Of the model.
         max_length: Tokens of a text, as far as the model reads.
         negatives: Whether the rows have wrong passages.
@@ -171,12 +176,18 @@ def hyperparameters(
                 "matryoshka": spec.matryoshka,
             }
         )
-    return with_intervals(spec, chosen, count)
+    return chosen
 
 
 def with_intervals(
     spec: RetrieverSpec, hyper: RetrieverHyperparameters, count: int
 ) -> RetrieverHyperparameters:
-    """Return hyper-parameters with the steps between checkpoints, and between held-out losses."""
+    """Return hyper-parameters with the steps between checkpoints, and between held-out losses.
+
+    Args:
+        spec: The request.
+        hyper: All others are settled, the batch too.
+        count: Examples of an epoch.
+    """
     saved = spec.save_steps or min(max(steps(spec, hyper, count) // 10, 20), 500)
     return hyper.model_copy(update={"save_steps": saved, "eval_steps": spec.eval_steps or saved})

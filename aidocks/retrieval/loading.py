@@ -2,8 +2,8 @@
 
 transformers fills weights that a checkpoint lacks with random numbers, and only warns. Here every tensor that the
 network has must be in the files: a model of another architecture, or a head that was not saved, is refused and never
-served. The one exception is the head of a reranker that is made of a plain encoder: it is made by ``seed``, so that
-every process has the same one.
+served. The one exception is the head of a reranker that is made of a plain encoder: it is made by the retriever's
+``seed``, so that every process has the same one, and a training begins with the very model that was measured before.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def load_embedding_model(retriever: Retriever, device: str, dtype: torch.dtype) 
             truncate_dim=told.get("truncate_dim"),
         )
         missing = new_weights(network_of(model), retriever)
-    # Mean pooling and its like have no use for what stands on top of the layers.
-    _require_whole(retriever, [name for name in missing if "pooler" not in name.split(".")])
-    make_weights(network_of(model), missing, seed=0)
-    add_adapters(network_of(model), retriever, ())
+        # Mean pooling and its like have no use for what stands on top of the layers.
+        _require_whole(retriever, [name for name in missing if "pooler" not in name.split(".")])
+        make_weights(network_of(model), missing, seed=0)
+        add_adapters(network_of(model), retriever, ())
     prompts = retriever.prompts
     model.prompts = {"query": prompts.query, "passage": prompts.passage, "document": prompts.passage}
     model.default_prompt_name = None
@@ -77,19 +77,16 @@ def load_embedding_model(retriever: Retriever, device: str, dtype: torch.dtype) 
     return model.eval()
 
 
-def load_cross_encoder(
-    retriever: Retriever, device: str, dtype: torch.dtype, *, seed: int = 0
-) -> CrossEncoder:
+def load_cross_encoder(retriever: Retriever, device: str, dtype: torch.dtype) -> CrossEncoder:
     """Load a reranker, in evaluation mode: one score of a query and a passage.
 
-    A plain encoder gets a head of its own, the same wherever ``seed`` is the same; a decoder says yes or no. Of an
-    adapter the head that was trained with it is loaded, and it must be there.
+    A plain encoder gets a head of its own, the same wherever the retriever's ``seed`` is the same; a decoder says yes
+    or no. Of an adapter the head that was trained with it is loaded, and it must be there.
 
     Args:
         retriever: What is loaded.
         device: Of torch.
         dtype: Floating-point type of the weights.
-        seed: Of a head that is not there yet.
 
     Raises:
         IncompatibleModels: transformers or PEFT cannot load it.
@@ -109,11 +106,11 @@ def load_cross_encoder(
             **({} if is_listed or says_yes else {"num_labels": 1}),
         )
         missing = new_weights(network_of(model), retriever)
-    _require_whole(
-        retriever, missing if found.kind or says_yes else [one for one in missing if _in_layers(one)]
-    )
-    make_weights(network_of(model), missing, seed)
-    add_adapters(network_of(model), retriever, missing)
+        _require_whole(
+            retriever, missing if found.kind or says_yes else [one for one in missing if _in_layers(one)]
+        )
+        make_weights(network_of(model), missing, retriever.seed)
+        add_adapters(network_of(model), retriever, missing)
     prompts = retriever.prompts
     model.prompts = {name: text for name, text in prompts.model_dump().items() if text}
     model.default_prompt_name = None
@@ -286,11 +283,20 @@ def _loading(retriever: Retriever, what: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except AIDocksError:
+    except (AIDocksError, torch.OutOfMemoryError):
         raise
     except (ValueError, OSError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
         raise IncompatibleModels(
-            f"{retriever.name} does not load as {what}: {str(error)[:500]}", value=retriever.name
+            f"{retriever.name} does not load as {what}: {_without_places(str(error), retriever)[:500]}",
+            value=retriever.name,
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _without_places(text: str, retriever: Retriever) -> str:
+    """Return what a library says without the directories of this machine: it may be an answer of the service."""
+    for place in (retriever.adapter, retriever.model):
+        if place is not None:
+            text = text.replace(str(place), place.name)
+    return text

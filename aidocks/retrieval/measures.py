@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from math import isfinite
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import OutputFile
 from aidocks.specs.train_retrieval_result import Metric
 from aidocks.training.retriever import RowKind
+
+#: Below every score that a model gives.
+_LAST = -1e300
 
 
 class Measures(BaseModel):
@@ -51,6 +55,14 @@ class Measured(BaseModel):
     rows: RowKind
     passages: int
     measures: Measures
+
+
+def comparable(scores: Iterable[float]) -> tuple[float, ...]:
+    """Return scores of which each can be put in order and be written; what is no finite number comes last.
+
+    JSON has no other numbers.
+    """
+    return tuple(float(score) if isfinite(score) else _LAST for score in scores)
 
 
 def measures_of(

@@ -144,9 +144,10 @@ class _Vectors:
     def first(self) -> tuple[Unit[Any], ...]:
         one, model = self._set, self._retriever
         if one.rows == "scored":
+            # Likeness is the same both ways: the texts are read alike, as a training reads them.
             sides = [
-                embedding_units(model, one.queries, "first", "query", one.name, self._directory),
-                embedding_units(model, one.queries, "second", "passage", one.name, self._directory),
+                embedding_units(model, one.queries, side, "query", one.name, self._directory)
+                for side in ("first", "second")
             ]
         else:
             assert one.corpus is not None, "rankings have a corpus"

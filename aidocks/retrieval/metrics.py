@@ -15,6 +15,8 @@ spearman  Correlation of ranks, equal values sharing the mean of theirs: Spearma
 
 Intervals are percentiles of means of queries drawn with replacement: Efron & Tibshirani, An introduction to the
 bootstrap, 1993, chapter 13; of two systems on the same queries, of the mean difference (paired; Sakai, SIGIR 2006).
+A bootstrap of one query would call it proof. So what no randomisation test of the queries that changed could tell from
+chance (Smucker, Allan & Carterette, CIKM 2007) is not told from it here: fewer than six prove nothing.
 """
 
 from __future__ import annotations
@@ -148,7 +150,7 @@ def paired_bootstrap(before: ArrayLike, after: ArrayLike, seed: int, rounds: int
     """
     differences = np.asarray(after, np.float64) - np.asarray(before, np.float64)
     drawn = _resampled(len(differences), seed, rounds, lambda rows: differences[rows].mean(axis=1))
-    return _change(float(differences.mean()), drawn)
+    return _change(float(differences.mean()), drawn, int(np.count_nonzero(differences)))
 
 
 def bootstrap_spearman(scores: ArrayLike, gold: ArrayLike, seed: int, rounds: int = ROUNDS) -> Interval:
@@ -172,9 +174,9 @@ def paired_bootstrap_spearman(
         ranks = _ranks(right[rows])
         return _correlation(_ranks(second[rows]), ranks) - _correlation(_ranks(first[rows]), ranks)
 
-    return _change(
-        spearman(second, right) - spearman(first, right), _resampled(len(right), seed, rounds, difference)
-    )
+    delta = spearman(second, right) - spearman(first, right)
+    drawn = _resampled(len(right), seed, rounds, difference)
+    return _change(delta, drawn, int(np.count_nonzero(first != second)))
 
 
 def _resampled(count: int, seed: int, rounds: int, figure: Callable[[NDArray[np.int64]], Floats]) -> Floats:
@@ -195,12 +197,21 @@ def _interval(drawn: Floats) -> Interval:
     return Interval(float(low), float(high))
 
 
-def _change(delta: float, drawn: Floats) -> Change:
-    """Return a change whose p agrees with its interval: twice the share of draws on the other side of 0."""
+def _change(delta: float, drawn: Floats, changed: int) -> Change:
+    """Return a change whose p agrees with its interval: twice the share of draws on the other side of 0.
+
+    Args:
+        delta: The change.
+        drawn: The same of every draw [rounds].
+        changed: Queries (or pairs) whose value is another one after than before.
+    """
     low, high = _interval(drawn)
-    p = min(1.0, 2 * float(min((drawn <= 0).mean(), (drawn >= 0).mean())))
-    # So many draws cannot tell anything smaller.
-    return Change(delta, low, high, max(p, 1 / len(drawn)))
+    p = 2 * float(min((drawn <= 0).mean(), (drawn >= 0).mean()))
+    # So many draws tell nothing smaller; and of k values there are 2^k ways to say which came before.
+    least = max(1 / len(drawn), 2.0 ** (1 - changed))
+    if least > _OUTSIDE:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Change(delta, low, high, min(1.0, max(p, least)))
 
 
 def _ranks(values: Floats) -> Floats:

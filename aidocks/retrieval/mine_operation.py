@@ -17,15 +17,15 @@ from aidocks.models.unchanged import require_unchanged
 from aidocks.plan import Operation, Plan, PlanContext, Stage
 from aidocks.retrieval.data.check import check_retrieval_data, retrieval_source
 from aidocks.retrieval.data.prepare import PreparedRetrieval, PrepareRetrievalData
-from aidocks.retrieval.gathering import GatherPassages
+from aidocks.retrieval.gathering import GatheredPassages, GatherPassages
 from aidocks.retrieval.mining import mine, sentence
-from aidocks.retrieval.opening import open_retriever
+from aidocks.retrieval.opening import Choices, open_retriever
 from aidocks.retrieval.store_negatives import StoreNegatives
 from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.mine_negatives import MineNegativesResult, MineNegativesSpec
 from aidocks.training.data.hub import fetch_datasets
-from aidocks.training.data.reading import SUFFIXES
-from aidocks.training.data.rows import DataSource
+from aidocks.training.data.reading import SUFFIXES, place_of
+from aidocks.training.data.rows import DataSource, describe_skipped
 from aidocks.training.references import data_source
 from aidocks.training.retriever import Retriever
 from aidocks.training.run import Rows
@@ -74,18 +74,27 @@ class MineNegatives(Operation[MineNegativesSpec, MineNegativesResult]):
         for told in data.sentences:
             context.say(told)
         corpus = data.corpora[0]
+        left_out: tuple[str, ...] = ()
         if "corpus" in sources:
-            corpus = yield from _gather(corpus, sources["corpus"], context.workspace)
+            corpus, left_out = yield from _gather(corpus, sources["corpus"], context.workspace)
         mined = yield from mine(
             data.train, (corpus,), spec, model, judge, context, context.workspace / "negatives", spec.seed
         )
         context.say(sentence(mined))
-        notes = (*_notes(spec), *mined.notes)
+        notes = [*_notes(spec), *left_out, *mined.notes]
+        store = StoreNegatives(
+            rows=mined.rows,
+            name=name,
+            otherwise=derive_name(name, "negatives", context.job_id),
+            datasets=_datasets(context),
+        )
+        (stored,) = yield Stage("store", (store,))
+        if stored.name != name:
+            notes.append(
+                f"Somebody has stored a data set called {name} meanwhile: this one is {stored.name}."
+            )
         for told in notes:
             context.say(told)
-        (stored,) = yield Stage(
-            "store", (StoreNegatives(rows=mined.rows, name=name, datasets=_datasets(context)),)
-        )
         return MineNegativesResult(
             dataset=stored.name,
             file_id=stored.id,
@@ -96,7 +105,7 @@ class MineNegatives(Operation[MineNegativesSpec, MineNegativesResult]):
             without=mined.without,
             too_alike=mined.too_alike,
             rank_of_positive=mined.rank_of_positive,
-            notes=notes,
+            notes=tuple(notes),
         )
 
 
@@ -160,22 +169,20 @@ def _open(
             spec.model,
             "embedding",
             context.resolver,
+            Choices(spec.query_prompt, spec.passage_prompt, max_length=spec.max_length),
             field="model",
             remote_code=context.remote_code,
             converted=converted,
-            query_prompt=spec.query_prompt,
-            passage_prompt=spec.passage_prompt,
-            max_length=spec.max_length,
         )
     if spec.judge is not None:
         judge = open_retriever(
             spec.judge,
             "reranker",
             context.resolver,
+            Choices(max_length=spec.max_length),
             field="judge",
             remote_code=context.remote_code,
             converted=converted,
-            max_length=spec.max_length,
         )
     return model, judge
 
@@ -202,8 +209,12 @@ def _fetch(
     return {field: one for field, one in sources.items() if one is not None} | fetched
 
 
-def _gather(own: Rows, further: DataSource, workspace: Path) -> Generator[Stage, list[Any], Rows]:
+def _gather(
+    own: Rows, further: DataSource, workspace: Path
+) -> Generator[Stage, list[Any], tuple[Rows, tuple[str, ...]]]:
+    """Yield the stage that adds further passages; return all of them, and what of these was left out."""
     unit = GatherPassages(own=own, further=further, path=workspace / "passages" / "passages.jsonl")
     (gathered,) = yield Stage("passages", (unit,))
-    rows: Rows = gathered.rows
-    return rows
+    assert isinstance(gathered, GatheredPassages)
+    told = describe_skipped(gathered.skipped, place_of(further))
+    return gathered.rows, ((f"Of {further.name}, passages are left out. {told}",) if told else ())

@@ -240,6 +240,10 @@ def _notes(
         notes.append(f"{kept:,} rows carry scores of their passages, and get no others.")
     if mined.without:
         notes.append(f"No hard negative is left for {mined.without:,} of {mined.queries:,} queries.")
+    if retriever is None and not settings.bm25:
+        notes.append(
+            "BM25 looked for negatives, though `bm25` is false: there is no embedding model that could."
+        )
     if retriever is None and judge is None and settings.margin is not None:
         notes.append(
             "No model judges what BM25 finds, so `margin` leaves nothing out: some of it may be answers that nobody "

@@ -6,11 +6,18 @@ Here stands the guard: a model that would need code of its own is refused, unles
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from aidocks.checkpoints.layout import ADAPTER_CONFIG_FILE, CONFIG_FILE, is_adapter, read_json_object
-from aidocks.errors import AIDocksError, IncompatibleModels, InvalidSpec, UnsafeCheckpoint
-from aidocks.models.resolve import ModelResolver, ResolvedModel
+from aidocks.errors import (
+    AIDocksError,
+    CorruptCheckpoint,
+    IncompatibleModels,
+    InvalidSpec,
+    UnsafeCheckpoint,
+)
+from aidocks.models.resolve import ModelResolver, ResolvedModel, is_path
 from aidocks.retrieval.architecture import Architecture, architecture_of, told_beside
 from aidocks.training.retriever import Pooling, Prompts, Retriever, RetrieverKind
 
@@ -18,20 +25,35 @@ from aidocks.training.retriever import Pooling, Prompts, Retriever, RetrieverKin
 DEFAULT_LENGTH = 512
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What a request says of the use of a model, as :class:`Retriever` has it; None: as the model has it.
+
+    Attributes:
+        max_length: No more tokens are read than the model was made for, whatever is asked.
+    """
+
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    task: str | None = None
+    max_length: int | None = None
+
+
+#: Everything as the model has it.
+AS_IT_IS = Choices()
+
+
 def open_retriever(
     reference: str,
     kind: RetrieverKind,
     resolver: ModelResolver,
+    choices: Choices = AS_IT_IS,
     *,
     field: str,
     remote_code: Collection[str] = (),
     converted: Mapping[str, Path] | None = None,
-    query_prompt: str | None = None,
-    passage_prompt: str | None = None,
-    pooling: Pooling | None = None,
-    normalize: bool | None = None,
-    task: str | None = None,
-    max_length: int | None = None,
 ) -> Retriever:
     """Return the model that a reference means, as one that is of a kind or can be made so.
 
@@ -40,11 +62,10 @@ def open_retriever(
             on this machine.
         kind: What it is to be.
         resolver: Of the plan.
+        choices: What the request says of its use.
         field: Spec field to blame.
         remote_code: Models that an admin allows to bring code: registry names, and ``org/name@commit``.
         converted: Reference -> directory of what was converted for this job.
-        query_prompt, passage_prompt, pooling, normalize, task, max_length: As in :class:`Retriever`; None: as the model
-            has it. No more tokens are read than the model was made for.
 
     Raises:
         IncompatibleModels: It is of the other kind, or cannot be of this one.
@@ -57,7 +78,7 @@ def open_retriever(
     try:
         if is_adapter(resolved.path):
             adapter = resolved.path
-            base = _base_of(adapter, resolver, field)
+            base = _base_of(resolved, resolver, field)
         found = architecture_of(base.path)
     except AIDocksError as error:
         if error.field is None:
@@ -71,11 +92,11 @@ def open_retriever(
         name=reference,
         model=base.path,
         adapter=adapter,
-        task=_task(task, found, reference),
-        pooling=_pooling(pooling, kind, told, reference),
-        normalize=_normalize(normalize, kind, told),
-        prompts=_prompts(query_prompt, passage_prompt, told.prompts),
-        max_length=_max_length(max_length, told),
+        task=_task(choices.task, found, reference),
+        pooling=_pooling(choices.pooling, kind, told, reference),
+        normalize=_normalize(choices.normalize, kind, told),
+        prompts=_prompts(choices, told.prompts),
+        max_length=_max_length(choices.max_length, told),
         remote_code=found.needs_code is not None,
     )
 
@@ -103,7 +124,7 @@ def needs_code(
         brings: Whether its code is in its directory.
     """
     allow = (
-        "an admin can allow its code by naming it in AIDOCKS_REMOTE_CODE_MODELS (org/name@revision, or its name "
+        "an admin can allow its code by naming it in AIDOCKS_REMOTE_CODE_MODELS (org/name@commit, or its name "
         "in the registry)"
     )
     if found.native:
@@ -128,25 +149,43 @@ def _resolve(
     return resolver.resolve(reference, field=field)
 
 
-def _base_of(adapter: Path, resolver: ModelResolver, field: str | None) -> ResolvedModel:
+def _base_of(adapter: ResolvedModel, resolver: ModelResolver, field: str | None) -> ResolvedModel:
     """Return the model that an adapter was trained on."""
-    named = read_json_object(adapter / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
+    named = _trained_on(adapter, resolver)
+    name = adapter.path.name
+    if named is None:
         raise IncompatibleModels(
-            f"The adapter {adapter.name!r} does not say which model it was trained on.",
+            f"The adapter {name!r} does not say which model it was trained on.",
             field=field,
-            value=adapter.name,
-            hint="Write it in adapter_config.json (base_model_name_or_path).",
+            value=name,
+            hint=f"Write it in {ADAPTER_CONFIG_FILE} (base_model_name_or_path).",
         )
     try:
         return resolver.resolve(named, field=field)
     except AIDocksError as error:
+        # Of a path neither its directories nor the allowed roots: whoever asks here need not know them.
+        shown, why = (Path(named).name, "") if is_path(named) else (named, f": {error.message.rstrip('.')}")
         raise IncompatibleModels(
-            f"The adapter {adapter.name!r} was trained on {named!r}, which is not to be had here: {error.message}",
+            f"The adapter {name!r} was trained on {shown!r}, which is not to be had here{why}.",
             field=field,
-            value=adapter.name,
+            value=name,
             hint="Import that model under the same name, or merge the adapter where the model is.",
         ) from error
+
+
+def _trained_on(adapter: ResolvedModel, resolver: ModelResolver) -> str | None:
+    """Return the reference of an adapter's base.
+
+    The manifest of an adapter that was trained here has it as it was given. Its configuration is made to be published
+    and names no directories: there a base that was given by a path has a bare name, which may be another model's here.
+    """
+    if adapter.kind == "registry":
+        parents = resolver.registry.manifest(adapter.path.name).parents
+        known = next((parent.reference for parent in parents if parent.field == "base_model"), None)
+        if known is not None:
+            return known
+    named = read_json_object(adapter.path / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
 
 
 def _is_allowed(model: ResolvedModel, remote_code: Collection[str]) -> bool:
@@ -206,7 +245,12 @@ def _require_yes_and_no(reference: str, directory: Path, field: str) -> None:
         return
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CorruptCheckpoint(
+            f"{path.name} of {reference!r} is no tokenizer.", field=field, value=reference
+        ) from error
     lacking = next((word for word in ("yes", "no") if tokenizer.token_to_id(word) is None), None)
     if lacking is not None:
         raise IncompatibleModels(
@@ -235,9 +279,10 @@ def _task(asked: str | None, found: Architecture, reference: str) -> str | None:
     )
 
 
-def _prompts(query: str | None, passage: str | None, own: Prompts) -> Prompts:
+def _prompts(asked: Choices, own: Prompts) -> Prompts:
     return Prompts(
-        query=own.query if query is None else query, passage=own.passage if passage is None else passage
+        query=own.query if asked.query_prompt is None else asked.query_prompt,
+        passage=own.passage if asked.passage_prompt is None else asked.passage_prompt,
     )
 
 

@@ -54,11 +54,11 @@ def why_own_code(
     code = native_source(model_type)
     if not code:
         return f"transformers has no model type {model_type!r}"
+    positions = config.get("position_embedding_type", "absolute")
+    if positions in ("alibi", "rotary") and positions not in code:
+        return f"its positions ({positions}) are not those of transformers' own class"
     if not config.get("auto_map"):
         return None
-    positions = config.get("position_embedding_type", "absolute")
-    if positions in ("alibi", "rotary") and f"{positions}" not in code:
-        return f"its positions ({positions}) are not those of transformers' own class"
     if is_decoder and _bidirectional(config):
         return "its attention looks in both directions, unlike that of transformers' own class"
     unknown = next((name for name in entries if not _known(name, code, model_type)), None)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from aidocks.checkpoints.files import OutputFile
 from aidocks.plan import Unit, UnitContext
 from aidocks.retrieval.embedding import Similarity, VectorFiles, Vectors, find_nearest
-from aidocks.retrieval.measures import Measures, measures_of
+from aidocks.retrieval.measures import Measures, comparable, measures_of
 from aidocks.retrieval.parts import write_part
 from aidocks.training.measuring import read_rows
 from aidocks.training.run import Rows
@@ -35,12 +35,16 @@ class _RankQueries(Unit[Measures]):
         return float(self.end - self.begin)
 
     @abstractmethod
-    def find(self, rows: list[dict[str, Any]], context: UnitContext) -> list[list[int]]:
+    def find(self, rows: list[dict[str, Any]], count: int, context: UnitContext) -> list[list[int]]:
         """Return lines of the corpus for each query, the best first, at most ``count``."""
 
     def run(self, context: UnitContext) -> Measures:
         rows = read_rows(self.queries.path, self.begin, self.end)
-        found = self.find(rows, context)
+        # One more, which makes room for what the query itself is.
+        found = [
+            [line for line in lines if line != row.get("itself")][: self.count]
+            for row, lines in zip(rows, self.find(rows, self.count + 1, context), strict=True)
+        ]
         measures = measures_of(range(self.begin, self.end), found, [row["relevant"] for row in rows])
         if self.file is None:
             return measures
@@ -63,10 +67,10 @@ class RankByVectors(_RankQueries):
     def label(self) -> str:
         return f"{self.name}: queries {self.begin + 1} to {self.end} in {self.of}"
 
-    def find(self, rows: list[dict[str, Any]], context: UnitContext) -> list[list[int]]:
+    def find(self, rows: list[dict[str, Any]], count: int, context: UnitContext) -> list[list[int]]:
         queries = VectorFiles(self.query_vectors, self.similarity).rows(self.begin, self.end)
         passages = VectorFiles(self.passage_vectors, self.similarity)
-        nearest = find_nearest(queries, passages, self.count, context.device)
+        nearest = find_nearest(queries, passages, count, context.device)
         return [[int(line) for line in lines] for lines in nearest.lines]
 
 
@@ -79,11 +83,11 @@ class RankByWords(_RankQueries):
     def label(self) -> str:
         return f"BM25: queries {self.begin + 1} to {self.end} in {self.of}"
 
-    def find(self, rows: list[dict[str, Any]], context: UnitContext) -> list[list[int]]:
+    def find(self, rows: list[dict[str, Any]], count: int, context: UnitContext) -> list[list[int]]:
         from aidocks.retrieval.bm25 import open_index
 
         index = open_index(self.index, context)
-        return [index.find(str(row["query"]), self.count) for row in rows]
+        return [index.find(str(row["query"]), count) for row in rows]
 
 
 class ComparePairs(Unit[Measures]):
@@ -113,11 +117,9 @@ class ComparePairs(Unit[Measures]):
         sides = [
             VectorFiles(vectors, self.similarity).rows(0, count) for vectors in (self.first, self.second)
         ]
-        alike = np.einsum("nd,nd->n", *sides)
         rows = read_rows(self.pairs.path)
         return Measures(
             numbers=tuple(range(count)),
-            # JSON has no other numbers, and a vector that is not finite is like nothing.
-            scores=tuple(float(value) if np.isfinite(value) else -1.0 for value in alike),
+            scores=comparable(np.einsum("nd,nd->n", *sides)),
             wanted=tuple(float(row["score"]) for row in rows),
         )

@@ -16,7 +16,6 @@ from aidocks.retrieval.hyper import CONTRASTING
 from aidocks.specs.train_llm_result import Verdict
 from aidocks.specs.train_retrieval_result import (
     Domain,
-    Figure,
     FoundExample,
     Metric,
     RankingData,
@@ -103,10 +102,9 @@ def domain_sentence(domain: Domain) -> str | None:
     what = "pairs" if domain.rows == "scored" else "queries"
     name = shown_reference(domain.dataset)
     where = f"On held-out {what} of {name}" if domain.trained else f"On {name}, of which it has seen nothing,"
-    if figure.before is None or figure.delta is None:
-        return f"{where} {_METRICS[figure.metric]} is {figure.after:.4f}; the base cannot do it."
     change = (
-        f"{_METRICS[figure.metric]} {figure.before:.4f} before, {figure.after:.4f} after{_interval(figure)}"
+        f"{_METRICS[figure.metric]} {figure.before:.4f} before, {figure.after:.4f} after "
+        f"({figure.delta:+.4f}, 95 % interval {figure.low:+.4f} to {figure.high:+.4f})"
     )
     if figure.verdict == "improved":
         return f"{where} it is better than the base: {change}."
@@ -139,12 +137,6 @@ def worth_notes(domains: Sequence[Domain], *, has_trained: bool) -> tuple[str, .
 
 def _is_worse(domain: Domain) -> bool:
     return domain.figures[0].verdict == "worse"
-
-
-def _interval(figure: Figure) -> str:
-    if figure.low is None or figure.high is None:
-        return f" ({figure.delta or 0:+.4f})"
-    return f" ({figure.delta or 0:+.4f}, 95 % interval {figure.low:+.4f} to {figure.high:+.4f})"
 
 
 def shown(result: RetrieverTrainResult) -> RetrieverTrainResult:
@@ -181,8 +173,8 @@ def _training_section(result: RetrieverTrainResult) -> Section:
     kind = "embedding model" if result.kind == "embedding" else "reranker"
     text = [
         f"A fine-tuned {kind}: {result.loss} with {how}, {result.steps:,} steps, {result.epochs:.2f} epochs{seen}.",
-        f"{result.trainable or 0:,} parameters were trained (the base has {result.parameters or 0:,}), by "
-        f"{result.backend} on {result.workers} x {result.device}, in {result.precision}.",
+        f"{result.trainable:,} parameters were trained (the base has {result.parameters:,}), by sentence-transformers "
+        f"on {result.workers} x {result.device}, in {result.precision}.",
         _use(result),
     ]
     if result.mined is not None:
@@ -205,7 +197,7 @@ def _use(result: RetrieverTrainResult) -> str:
     before = [f"{prompts.query!r} before a query"] if prompts.query else []
     before += [f"{prompts.passage!r} before a passage"] if prompts.passage else []
     told = f"; put {' and '.join(before)}" if before else ""
-    reads = f"It reads {result.max_length or 0:,} tokens"
+    reads = f"It reads {result.max_length:,} tokens"
     if result.kind == "reranker":
         return f"{reads} of query and passage together{told}."
     pooled = f" ({result.pooling} pooling)" if result.pooling else ""
@@ -247,8 +239,8 @@ def _domain_section(domain: Domain) -> Section:
             *([_plain(figure.retriever)] if alone else []),
             _with_interval(figure.before, figure.before_low, figure.before_high),
             _with_interval(figure.after, figure.after_low, figure.after_high),
-            "" if figure.delta is None else f"{figure.delta:+.4f}",
-            "" if figure.low is None or figure.high is None else f"{figure.low:+.4f} to {figure.high:+.4f}",
+            f"{figure.delta:+.4f}",
+            f"{figure.low:+.4f} to {figure.high:+.4f}",
             figure.verdict,
         )
         for figure in domain.figures
@@ -276,8 +268,8 @@ def _domain_section(domain: Domain) -> Section:
     )
 
 
-def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    return _plain(value) + ("" if low is None or high is None else f" [{low:.4f}, {high:.4f}]")
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _plain(value: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from aidocks.checkpoints.layout import CONFIG_FILE, module_files, read_json_object
 from aidocks.checkpoints.space import require_space
-from aidocks.errors import IncompatibleModels, InvalidSpec
+from aidocks.errors import IncompatibleModels
 from aidocks.models.manifest import Parent
 from aidocks.models.parents import describe_members, parent_units
 from aidocks.plan import PlanContext, Stage
@@ -23,17 +23,24 @@ from aidocks.retrieval.checks import (
     require_loss,
     require_model,
 )
-from aidocks.retrieval.data.check import CheckedRetrieval, check_retrieval_data, retrieval_source
+from aidocks.retrieval.data.check import (
+    CheckedRetrieval,
+    check_retrieval_data,
+    require_one_kind,
+    retrieval_source,
+)
 from aidocks.retrieval.data.prepare import PreparedRetrieval, PrepareRetrievalData
+from aidocks.retrieval.estimate import shape_in_training
 from aidocks.retrieval.hyper import RetrieverSpec
-from aidocks.retrieval.opening import open_retriever
+from aidocks.retrieval.opening import AS_IT_IS, Choices, open_retriever
+from aidocks.retrieval.trainable import require_one_adapter
 from aidocks.specs.train_emb import EmbeddingTrainSpec
 from aidocks.specs.train_rerank import RerankerTrainSpec
 from aidocks.training.data.hub import fetch_datasets
 from aidocks.training.data.rows import DataSource
 from aidocks.training.device import MeasureDevice, TrainingDevice
 from aidocks.training.resuming import Resumed, find_checkpoint
-from aidocks.training.retriever import Retriever, RetrieverKind
+from aidocks.training.retriever import Retriever, RetrieverKind, RowKind
 from aidocks.training.shapes import ModelShape
 
 #: Room beside weights and checkpoints: rows, vectors, reports, logs.
@@ -76,14 +83,10 @@ class RetrievalRequest:
         self.kind: RetrieverKind = kind_of(spec)
         require_engine(spec)
         self._converted = converted or {}
-        self.base = self._open(spec.base_model, self.kind, "base_model", **self._choices())
-        if self.base.adapter is not None and spec.makes_adapter:
-            raise InvalidSpec(
-                f"{spec.base_model!r} is an adapter already, so an adapter alone would not say what it belongs to.",
-                field="merge_adapter",
-                value=False,
-                hint="Ask for a whole model (`merge_adapter: true`).",
-            )
+        base = self._open(spec.base_model, self.kind, "base_model", self._choices())
+        # What is measured before is the very model that the training begins with, a new head included.
+        self.base = base.model_copy(update={"seed": spec.seed})
+        require_one_adapter(self.base, makes_adapter=spec.makes_adapter)
         self.architecture: Architecture = architecture_of(self.base.model)
         _require_plain(self.base.model / self.architecture.transformer, spec.base_model)
         require_model(spec, self.architecture)
@@ -99,10 +102,8 @@ class RetrievalRequest:
 
     @cached_property
     def shape(self) -> ModelShape:
-        """The sizes of the base; its matrices are those that get factors: not the pooler's, nor the head's."""
-        kinds = set(self.architecture.linear)
-        linear = (m for m in self.architecture.shape.linear if m.layer is not None and m.kind in kinds)
-        return replace(self.architecture.shape, linear=tuple(linear))
+        """The sizes of the base."""
+        return shape_in_training(self.architecture)
 
     @property
     def miner(self) -> Retriever | None:
@@ -171,14 +172,19 @@ class RetrievalRequest:
             InvalidSpec: Naming line and column, or what of the request does not go together with them.
         """
         checked: list[CheckedRetrieval] = []
+        kinds: dict[str, tuple[str, RowKind]] = {}
         for field, source in self.sources.items():
             if source is None:
                 continue
             found = check_retrieval_data(
                 source, self.kind, fields=self.spec.fields, format=self.spec.format, field=field
             )
-            if not field.startswith("eval"):
+            if field in self.spec.datasets():
                 checked.append(found)
+                # The beginning of a large one may look like another kind than all of it.
+                kinds |= {field: (source.name, found.rows)} if found.complete else {}
+        if kinds:
+            require_one_kind(kinds)
         if checked and len(checked) == len(self.spec.datasets()):
             seen = RowsSeen(
                 rows=checked[0].rows,
@@ -229,27 +235,27 @@ class RetrievalRequest:
             )
         }
 
-    def _choices(self) -> dict[str, Any]:
+    def _choices(self) -> Choices:
         """Return what the request says of the base's use."""
         spec = self.spec
-        chosen: dict[str, Any] = {
-            "query_prompt": spec.query_prompt,
-            "passage_prompt": spec.passage_prompt,
-            "max_length": spec.max_length,
-        }
+        chosen = Choices(
+            query_prompt=spec.query_prompt, passage_prompt=spec.passage_prompt, max_length=spec.max_length
+        )
         if isinstance(spec, EmbeddingTrainSpec):
-            chosen |= {"pooling": spec.pooling, "normalize": spec.normalize, "task": spec.task}
+            return replace(chosen, pooling=spec.pooling, normalize=spec.normalize, task=spec.task)
         return chosen
 
-    def _open(self, reference: str, kind: RetrieverKind, field: str, **choices: Any) -> Retriever:
+    def _open(
+        self, reference: str, kind: RetrieverKind, field: str, choices: Choices = AS_IT_IS
+    ) -> Retriever:
         return open_retriever(
             reference,
             kind,
             self.context.resolver,
+            choices,
             field=field,
             remote_code=self.context.remote_code,
             converted=self._converted,
-            **choices,
         )
 
     def _opened(self, reference: str | None, kind: RetrieverKind, field: str) -> Retriever | None:

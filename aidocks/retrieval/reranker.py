@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from aidocks.plan import UnitContext
 from aidocks.retrieval.embedder import key_of
+from aidocks.retrieval.libraries import require_libraries
 from aidocks.training.retriever import Retriever
 
 if TYPE_CHECKING:
@@ -25,19 +26,18 @@ class Reranker:
         retriever: What it is.
         device: Of torch.
         dtype: Floating-point type of its weights; None: the stored one where the device is good at it.
-        seed: Of the head of a plain encoder, which gives scores only once it is trained.
 
     Attributes:
         max_length: Tokens of query and passage that it reads; the longer of the two is cut.
         model: Of sentence-transformers.
 
     Raises:
+        MissingExtra: A library is not installed.
         IncompatibleModels, CorruptCheckpoint: As :func:`aidocks.retrieval.loading.load_cross_encoder`.
     """
 
-    def __init__(
-        self, retriever: Retriever, device: str, dtype: torch.dtype | None = None, *, seed: int = 0
-    ) -> None:
+    def __init__(self, retriever: Retriever, device: str, dtype: torch.dtype | None = None) -> None:
+        require_libraries()
         from aidocks.evaluate.causal_lm import evaluation_dtype
         from aidocks.retrieval.loading import load_cross_encoder, stored_dtype
 
@@ -45,7 +45,7 @@ class Reranker:
         self.retriever = retriever
         self.device = device
         self.max_length = retriever.max_length
-        self.model: Any = load_cross_encoder(retriever, device, dtype, seed=seed)
+        self.model: Any = load_cross_encoder(retriever, device, dtype)
         self._last: tuple[Any, Read] | None = None
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
@@ -56,18 +56,20 @@ class Reranker:
         """
         import torch
 
-        from aidocks.retrieval.batching import batches, features
+        from aidocks.retrieval.batching import features, in_batches
 
         read = self._read(pairs)
         scores = np.empty(len(pairs), np.float32)
+
+        def compute(chosen: list[int]) -> None:
+            inputs = features(read, chosen, self.model.tokenizer, self.device)
+            if self.model[0].transformer_task == "text-generation":
+                inputs["logits_to_keep"] = 1
+            found = self.model(inputs)["scores"].float()
+            scores[chosen] = found.reshape(len(chosen), -1)[:, 0].cpu().numpy()
+
         with torch.inference_mode():
-            for chosen in batches(read.lengths, self.device):
-                inputs = features(read, chosen, self.model.tokenizer, self.device)
-                if self.model[0].transformer_task == "text-generation":
-                    inputs["logits_to_keep"] = 1
-                scores[chosen] = (
-                    self.model(inputs)["scores"].float().reshape(len(chosen), -1)[:, 0].cpu().numpy()
-                )
+            in_batches(read.lengths, self.device, compute)
         return scores
 
     def count_tokens(self, pairs: Sequence[tuple[str, str]]) -> list[int]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from aidocks.plan import Unit, UnitContext
 from aidocks.retrieval.data.convert import digest_of
-from aidocks.retrieval.measures import Measures, measures_of
+from aidocks.retrieval.measures import Measures, comparable, measures_of
 from aidocks.retrieval.parts import parts_of, read_lines
 from aidocks.training.measuring import read_rows
 from aidocks.training.retriever import Retriever
@@ -97,18 +97,13 @@ class ScorePairs(Unit[Measures]):
         return float(self.end - self.begin)
 
     def run(self, context: UnitContext) -> Measures:
-        from math import isfinite
-
         from aidocks.retrieval.reranker import open_reranker
 
         rows = read_rows(self.pairs.path, self.begin, self.end)
         pairs = [(str(row["first"]), str(row["second"])) for row in rows]
-        scores = [float(score) for score in open_reranker(self.retriever, context).scores(pairs)]
-        worst = min((score for score in scores if isfinite(score)), default=0.0)
         return Measures(
             numbers=tuple(range(self.begin, self.end)),
-            # JSON has no other numbers; what is none is worse than all others.
-            scores=tuple(score if isfinite(score) else worst - 1 for score in scores),
+            scores=comparable(open_reranker(self.retriever, context).scores(pairs)),
             wanted=tuple(float(row["score"]) for row in rows),
         )
 

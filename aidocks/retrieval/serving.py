@@ -6,6 +6,7 @@ the command line makes one of its own (``--local``). torch is imported with the 
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aidocks.errors import CorruptCheckpoint
+from aidocks.errors import ServiceUnreachable, UnknownModel
 from aidocks.plan import UnitContext, WorkerCache
+from aidocks.retrieval.libraries import require_libraries
 from aidocks.training.retriever import Retriever
 
 if TYPE_CHECKING:
@@ -91,61 +93,96 @@ class ModelsAtHand:
         """Compute a call. One at a time: a model uses all threads that there are.
 
         Raises:
-            AIDocksError: The model cannot be loaded, or makes no numbers.
+            MissingExtra: A library is not installed.
+            UnknownModel: It was deleted since it was found.
+            ServiceUnreachable: The GPU has no room for it.
+            AIDocksError: The model cannot be loaded.
         """
-        import numpy as np
+        from aidocks.executor import let_threads_sleep
 
-        retriever = call.recipe.retriever
-        model = self._model(retriever)
+        require_libraries()
+        let_threads_sleep()
+        import torch
+
+        try:
+            return self._compute(call)
+        except torch.OutOfMemoryError:
+            pass
+        # Not above: there the error still holds what was computed.
+        self._let_go(0)
+        self._tidy()
+        try:
+            return self._compute(call)
+        except torch.OutOfMemoryError as error:
+            self._loaded.clear()
+            raise ServiceUnreachable(
+                f"The GPU has no room for {call.recipe.retriever.name}.",
+                hint="Others may be using it. Where it is too small, compute on the processor "
+                "(AIDOCKS_SERVING_GPUS=0).",
+            ) from error
+
+    def _compute(self, call: Call) -> Reply:
+        model = self._model(call.recipe.retriever)
         begin = time.perf_counter()
-        if retriever.kind == "embedding":
+        if call.recipe.retriever.kind == "embedding":
             values, tokens = _vectors(model, call)
         else:
             values, tokens = _scores(model, call)
-        if not np.isfinite(values).all():
-            raise CorruptCheckpoint(
-                f"{retriever.name} makes values that are no numbers.",
-                field="model",
-                value=retriever.name,
-                hint="Its weights hold values that are no numbers, or it overflows in its data type.",
-            )
         return Reply(values, tokens, time.perf_counter() - begin)
 
     def _model(self, retriever: Retriever) -> Any:
         from aidocks.retrieval.embedder import open_embedder
         from aidocks.retrieval.reranker import open_reranker
 
-        if retriever not in self._loaded:
-            size = weight_bytes(retriever)
-            self._make_room(size)
-            self._loaded[retriever] = self._context(), size
-        self._loaded.move_to_end(retriever)
-        context, _ = self._loaded[retriever]
         opening: Callable[[Retriever, UnitContext], Any] = (
             open_embedder if retriever.kind == "embedding" else open_reranker
         )
+        context, _ = self._loaded.pop(retriever, (None, 0))
+        if context is None:
+            self._make_room(weight_bytes(retriever))
+            context = self._context()
         try:
             # Asked every time: what was loaded of files that were replaced meanwhile is loaded anew.
-            return opening(retriever, context)
-        except BaseException:
-            self._loaded.pop(retriever)
-            raise
+            model = opening(retriever, context)
+        except FileNotFoundError as error:
+            raise UnknownModel(
+                f"The model {retriever.name!r} is no longer there.", field="model", value=retriever.name
+            ) from error
+        # Stored in half of the bytes, it may be computed in whole ones.
+        size = sum(parameter.nbytes for parameter in model.model.parameters())
+        self._make_room(size)
+        self._loaded[retriever] = context, size
+        return model
 
     def _make_room(self, size: int) -> None:
-        """Let go of the models that were not used for longest, until the new one fits or is alone."""
-        while self._loaded and size + sum(held for _, held in self._loaded.values()) > self._memory_bytes:
+        """Let go of the models that were not used for longest, until a further one fits or is alone."""
+        self._let_go(self._memory_bytes - size)
+
+    def _let_go(self, most: int) -> None:
+        """Let go of the models that were not used for longest, until the others take so many bytes at most."""
+        before = len(self._loaded)
+        while self._loaded and sum(held for _, held in self._loaded.values()) > most:
             self._loaded.popitem(last=False)
+        if len(self._loaded) < before:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Give back what is not used: parts of a model know each other, and torch keeps a GPU's memory for later."""
+        gc.collect()
+        if self._device != "cpu":
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _context(self) -> UnitContext:
         """Return what one model is opened with; a cache of its own lets it go when its turn comes."""
         import os
 
-        from aidocks.executor import best_device, let_threads_sleep
-
-        let_threads_sleep()
-        device = self._device or best_device()
         import torch
 
+        from aidocks.executor import best_device
+
+        device = self._device or best_device()
         threads = self._threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)
         return UnitContext(Path(), device=device, threads=threads, cache=WorkerCache())

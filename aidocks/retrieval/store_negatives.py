@@ -18,7 +18,7 @@ from aidocks.training.run import Rows
 
 
 class StoredNegatives(BaseModel):
-    """The new data set."""
+    """The new data set, and its name: another than was asked for where somebody took that meanwhile."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,12 +27,18 @@ class StoredNegatives(BaseModel):
 
 
 class StoreNegatives(Unit[StoredNegatives]):
-    """Rows of ``query``, ``pos`` and ``neg``, the form that trainings of many projects read, as a data set."""
+    """Rows of ``query``, ``pos`` and ``neg``, the form that trainings of many projects read, as a data set.
+
+    Where some passages are more right than others, of ``query``, ``documents`` and ``labels``: that form has grades.
+    """
 
     result_type: ClassVar[type[BaseModel]] = StoredNegatives
 
     rows: Rows = Field(description="Rankings in the form of trainings.")
     name: str
+    otherwise: str = Field(
+        description="Name of it where the other was taken while negatives were looked for."
+    )
     datasets: Path = Field(description="Directory of the data sets.")
 
     @property
@@ -53,20 +59,29 @@ class StoreNegatives(Unit[StoredNegatives]):
         return StoredNegatives(id=stored.id, name=stored.name)
 
     def _store(self, rows: Rows) -> StoredDataset:
+        try:
+            return self._add(rows, self.name)
+        except NameTaken:
+            return self._add(rows, self.otherwise)
+
+    def _add(self, rows: Rows, name: str) -> StoredDataset:
         store = DatasetStore(self.datasets)
         try:
-            return store.add(rows.path, self.name)
+            return store.add(rows.path, name)
         except NameTaken:
             # The same content under the same name: of an earlier attempt, which was stopped right after.
-            known = store.resolve(self.name)
+            known = store.resolve(name)
             if known is None or known.sha256 != rows.sha256:
                 raise
             return known
 
 
 def _public(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row as trainings of many projects read it; scores keep their passages company."""
+    """Return a row as trainings of many projects read it; scores and grades keep their passages company."""
     positives, negatives = list(row["positives"]), list(row.get("negatives") or [])
+    if row.get("grades"):
+        labels = [*row["grades"], *(0 for _ in negatives)]
+        return {"query": row["query"], "documents": [*positives, *negatives], "labels": labels}
     public: dict[str, Any] = {"query": row["query"], "pos": positives, "neg": negatives}
     scores = row.get("scores")
     if scores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from aidocks.retrieval.eval_set import EvalSet
 from aidocks.retrieval.measures import Measured
@@ -11,13 +12,16 @@ from aidocks.retrieval.parts import read_lines
 from aidocks.specs.train_llm_result import Verdict
 from aidocks.specs.train_retrieval_result import Domain, Figure, FoundExample, Metric
 
+if TYPE_CHECKING:
+    from aidocks.retrieval.metrics import Change, Interval
+
 #: Of the draws of every bootstrap: the same queries have the same intervals.
 _SEED = 0
 
 
 def domains(
     sets: Sequence[EvalSet],
-    before: Sequence[Measured] | None,
+    before: Sequence[Measured],
     after: Sequence[Measured],
     alone: Sequence[Measured | None] | None = None,
 ) -> tuple[Domain, ...]:
@@ -25,16 +29,15 @@ def domains(
 
     Args:
         sets: What was measured on.
-        before: Of the base; None where it gives no scores.
+        before: Of the base.
         after: Of the result, on the same queries.
         alone: Of the retriever's order without the reranker.
     """
     found = []
-    for number, (one, new) in enumerate(zip(sets, after, strict=True)):
+    for number, (one, old, new) in enumerate(zip(sets, before, after, strict=True)):
         if not new.measures.numbers:
             continue
-        old = before[number] if before is not None else None
-        assert old is None or old.measures.numbers == new.measures.numbers, "measured on the same queries"
+        assert old.measures.numbers == new.measures.numbers, "measured on the same queries"
         retriever = alone[number] if alone is not None else None
         figures = _pairs(old, new) if one.rows == "scored" else _rankings(old, new, retriever)
         found.append(
@@ -50,76 +53,58 @@ def domains(
     return tuple(found)
 
 
-def _rankings(old: Measured | None, new: Measured, retriever: Measured | None) -> tuple[Figure, ...]:
+def _rankings(old: Measured, new: Measured, retriever: Measured | None) -> tuple[Figure, ...]:
     from aidocks.retrieval.metrics import bootstrap, paired_bootstrap
 
     figures = []
     for metric, values in new.measures.figures.items():
         if _says_nothing(metric, new.passages):
             continue
-        low, high = bootstrap(values, _SEED)
-        figure = Figure(
-            metric=metric,
-            before=None,
-            after=fmean(values),
-            delta=None,
-            after_low=low,
-            after_high=high,
-            retriever=fmean(retriever.measures.figures[metric]) if retriever is not None else None,
-            verdict="not distinguishable",
+        earlier = old.measures.figures[metric]
+        figure = _compared(
+            metric,
+            (fmean(earlier), bootstrap(earlier, _SEED)),
+            (fmean(values), bootstrap(values, _SEED)),
+            paired_bootstrap(earlier, values, _SEED),
+            fmean(retriever.measures.figures[metric]) if retriever is not None else None,
         )
-        if old is not None:
-            earlier = old.measures.figures[metric]
-            change = paired_bootstrap(earlier, values, _SEED)
-            figure = _compared(figure, fmean(earlier), tuple(bootstrap(earlier, _SEED)), tuple(change))
         figures.append(figure)
     return tuple(figures)
 
 
-def _pairs(old: Measured | None, new: Measured) -> tuple[Figure, ...]:
+def _pairs(old: Measured, new: Measured) -> tuple[Figure, ...]:
     from aidocks.retrieval.metrics import bootstrap_spearman, paired_bootstrap_spearman, spearman
 
-    wanted, scores = new.measures.wanted, new.measures.scores
-    low, high = bootstrap_spearman(scores, wanted, _SEED)
-    figure = Figure(
-        metric="spearman",
-        before=None,
-        after=spearman(scores, wanted),
-        delta=None,
-        after_low=low,
-        after_high=high,
-        verdict="not distinguishable",
+    wanted, earlier, scores = new.measures.wanted, old.measures.scores, new.measures.scores
+    figure = _compared(
+        "spearman",
+        (spearman(earlier, wanted), bootstrap_spearman(earlier, wanted, _SEED)),
+        (spearman(scores, wanted), bootstrap_spearman(scores, wanted, _SEED)),
+        paired_bootstrap_spearman(earlier, scores, wanted, _SEED),
     )
-    if old is not None:
-        earlier = old.measures.scores
-        change = paired_bootstrap_spearman(earlier, scores, wanted, _SEED)
-        ends = bootstrap_spearman(earlier, wanted, _SEED)
-        figure = _compared(figure, spearman(earlier, wanted), tuple(ends), tuple(change))
     return (figure,)
 
 
-def _compared(figure: Figure, before: float, ends: tuple[float, ...], change: tuple[float, ...]) -> Figure:
-    """Return a figure beside that of the base.
-
-    Args:
-        figure: Of the result.
-        before: Of the base.
-        ends: Of the base's interval.
-        change: Of the paired bootstrap: delta, low, high, p.
-    """
-    delta, low, high, p = change
-    verdict: Verdict = "improved" if low > 0 else "worse" if high < 0 else "not distinguishable"
-    return figure.model_copy(
-        update={
-            "before": before,
-            "before_low": ends[0],
-            "before_high": ends[1],
-            "delta": delta,
-            "low": low,
-            "high": high,
-            "p": p,
-            "verdict": verdict,
-        }
+def _compared(
+    metric: Metric,
+    before: tuple[float, Interval],
+    after: tuple[float, Interval],
+    change: Change,
+    retriever: float | None = None,
+) -> Figure:
+    """Return a figure of the base beside that of the result, each with its interval."""
+    verdict: Verdict = "improved" if change.low > 0 else "worse" if change.high < 0 else "not distinguishable"
+    return Figure(
+        metric=metric,
+        before=before[0],
+        before_low=before[1].low,
+        before_high=before[1].high,
+        after=after[0],
+        after_low=after[1].low,
+        after_high=after[1].high,
+        **change._asdict(),
+        retriever=retriever,
+        verdict=verdict,
     )
 
 
@@ -131,7 +116,7 @@ def _says_nothing(metric: Metric, passages: int) -> bool:
 
 def examples(
     sets: Sequence[EvalSet],
-    before: Sequence[Measured] | None,
+    before: Sequence[Measured],
     after: Sequence[Measured],
     count: int,
 ) -> tuple[FoundExample, ...]:
@@ -139,7 +124,7 @@ def examples(
 
     Args:
         sets: What was measured on; of each about the same number is shown, of scored pairs none.
-        before: Of the base; None where it gives no scores.
+        before: Of the base.
         after: Of the result, on the same queries.
         count: Of all sets together, at most.
     """
@@ -149,27 +134,25 @@ def examples(
     found: list[FoundExample] = []
     for place, number in enumerate(ranked):
         share = -(-(count - len(found)) // (len(ranked) - place))
-        old = before[number] if before is not None else None
-        found += _examples_of(sets[number], old, after[number], share)
+        found += _examples_of(sets[number], before[number], after[number], share)
     return tuple(found)
 
 
-def _examples_of(one: EvalSet, old: Measured | None, new: Measured, count: int) -> list[FoundExample]:
+def _examples_of(one: EvalSet, old: Measured, new: Measured, count: int) -> list[FoundExample]:
     assert one.corpus is not None, "rankings have a corpus"
-    numbers, ranks = new.measures.numbers, new.measures.ranks
-    earlier = old.measures.ranks if old is not None else (None,) * len(numbers)
+    numbers, ranks, earlier = new.measures.numbers, new.measures.ranks, old.measures.ranks
     chosen = _telling([_gain(a, b) for a, b in zip(earlier, ranks, strict=True)], count)
     rows = read_lines(one.queries.path, {numbers[place] for place in chosen})
     right = {
         place: int(max(rows[numbers[place]]["relevant"].items(), key=lambda item: item[1])[0])
         for place in chosen
     }
-    firsts = [measured.measures.first for measured in (old, new) if measured is not None]
+    firsts = (measured.measures.first for measured in (old, new))
     lines = {*right.values(), *(first[place] for first in firsts for place in chosen)}
     texts = read_lines(one.corpus.path, {line for line in lines if line is not None})
 
-    def text(measured: Measured | None, place: int) -> str:
-        line = measured.measures.first[place] if measured is not None else None
+    def text(measured: Measured, place: int) -> str:
+        line = measured.measures.first[place]
         return "" if line is None else str(texts[line]["text"])
 
     return [

@@ -24,7 +24,7 @@ class MineNegativesSpec(NegativesFields):
     """Find hard negatives: for every query, passages that look like its answer, and are none.
 
     An embedding model and BM25 each rank all passages; what is too good to be wrong is left out. The result is a data
-    set, in the form `query`, `pos`, `neg`.
+    set, in the form `query`, `pos`, `neg`; of passages with grades `query`, `documents`, `labels`.
     """
 
     model_config = ConfigDict(json_schema_extra=with_aliases([EXAMPLE]))

@@ -61,8 +61,9 @@ class EmbeddingTrainSpec(RetrievalTrainSpec):
         None,
         max_length=100,
         validation_alias=AliasChoices("task", "task_adapter"),
-        description="Of a model with adapters for tasks (Jina), the one that is trained on.",
-        examples=["retrieval"],
+        description="Of a model with adapters for tasks (Jina), the one that is trained on. (Its `retrieval` is two: "
+        "name `retrieval_query` or `retrieval_passage`.)",
+        examples=["retrieval_passage"],
     )
     matryoshka: Annotated[
         tuple[Annotated[int, Field(ge=8, le=65_536)], ...], Field(max_length=16), AfterValidator(_falling)

@@ -135,8 +135,9 @@ class RetrievalTrainSpec(TrainSpec):
         validation_alias=AliasChoices(
             "eval_dataset", "eval_datasets", "eval_data", "validation_file", "validation_data"
         ),
-        description="Further data sets to measure on, never trained on: each has a table of its own. Rows of `dataset` "
-        "are then held out only where `eval_split` says so.",
+        description="Further data sets to measure on, never trained on: each has a table of its own. They may be pairs "
+        "with scores where `dataset` has passages, and the other way round. Rows of `dataset` are then held out only "
+        "where `eval_split` says so.",
     )
     eval_dataset_split: str | None = Field(
         None,
@@ -204,7 +205,7 @@ class RetrievalTrainSpec(TrainSpec):
             "max_length", "max_seq_length", "max_total_length", "sequence_len", "cutoff_len", "max_seq_len"
         ),
         description="Tokens of a text (of a reranker: of query and passage together); what is longer is cut. At most "
-        "what the model reads. Default: as the model says, at most 512.",
+        "what the model reads. Default: as the model says; of a plain one, at most 512.",
     )
     query_prompt: Prompt | None = Field(
         None,

@@ -10,7 +10,7 @@ from aidocks.specs.base import ModelResult
 from aidocks.specs.train_data import LengthSummary, SkippedRows
 from aidocks.specs.train_llm_result import TrainEstimate, Verdict
 from aidocks.training.retriever import EmbeddingLoss, Prompts, RerankerLoss, RetrieverKind, RowKind
-from aidocks.training.run import Backend, Precision
+from aidocks.training.run import Precision
 
 #: Figures of rankings, means over queries, 0 to 1; `spearman` is of scored pairs, -1 to 1.
 Metric = Literal["ndcg@10", "mrr@10", "map@100", "recall@1", "recall@10", "recall@100", "spearman"]
@@ -52,21 +52,19 @@ class Figure(_Part):
     """One figure before and after the training, on the same held-out queries."""
 
     metric: Metric
-    before: float | None = Field(description="None where the base cannot do it: it gives no scores.")
+    before: float = Field(description="Of the very model that the training began with.")
     after: float
-    delta: float | None = Field(description="after - before.")
-    low: float | None = Field(None, description="Lower end of the change's 95 % interval (paired bootstrap).")
-    high: float | None = Field(None, description="Upper end of it.")
-    before_low: float | None = None
-    before_high: float | None = None
-    after_low: float | None = Field(
-        None, description="Lower end of the 95 % interval of `after` (bootstrap)."
-    )
-    after_high: float | None = None
+    delta: float = Field(description="after - before.")
+    low: float = Field(description="Lower end of the change's 95 % interval (paired bootstrap).")
+    high: float = Field(description="Upper end of it.")
+    before_low: float = Field(description="Lower end of the 95 % interval of `before` (bootstrap).")
+    before_high: float
+    after_low: float
+    after_high: float
     retriever: float | None = Field(
         None, description="Of the retriever's order alone, without any reranker, on the same passages."
     )
-    p: float | None = Field(None, description="Two-sided, of the paired bootstrap: that there is no change.")
+    p: float = Field(description="Two-sided, of the paired bootstrap: that there is no change.")
     verdict: Verdict = Field(description="`improved` or `worse` where the interval of the change excludes 0.")
 
 
@@ -108,14 +106,12 @@ class RetrieverTrainResult(ModelResult):
     prompts: Prompts = Prompts()
     pooling: str | None = Field(None, description="Of an embedding model.")
     dimensions: int | None = Field(None, description="Length of its vectors.")
-    max_length: int | None = Field(None, description="Tokens that it reads of a text.")
+    max_length: int = Field(description="Tokens that it reads of a text.")
     licence: str | None = Field(None, description="Of the base, as its card says.")
-    backend: Backend | None = None
-    backend_reason: str | None = None
-    device: str | None = None
-    workers: int = 1
+    device: str = Field(description="That the workers train on: a GPU's name, or `cpu`.")
+    workers: int
     deepspeed_stage: int | None = Field(None, description="None without DeepSpeed.")
-    precision: Precision | None = None
+    precision: Precision = Field(description="Of frozen weights and of the computation.")
     data: tuple[RankingData, ...] = Field((), description="One of each data set.")
     mined: int | None = Field(None, description="Hard negatives that were found before the training.")
     steps: int = Field(description="Optimiser steps.")
@@ -130,8 +126,8 @@ class RetrieverTrainResult(ModelResult):
         None,
         description="Of the first figure of the data sets that were trained on; None where none was measured.",
     )
-    trainable: int | None = Field(None, description="Parameters that were trained.")
-    parameters: int | None = None
+    trainable: int = Field(description="Parameters that are trained.")
+    parameters: int = Field(description="All of them.")
     peak_bytes: tuple[int, ...] = Field((), description="Of every worker.")
     optimizer_bytes: tuple[int, ...] = Field((), description="Optimiser state of every worker.")
     reload_error: float | None = Field(
@@ -143,7 +139,7 @@ class RetrieverTrainResult(ModelResult):
     resumed_from: str | None = Field(None, description="Job and step that it went on from.")
     versions: dict[str, str] = Field(default_factory=dict, description="Of the packages that trained it.")
     hyperparameters: dict[str, Any] = Field(default_factory=dict, description="All, defaults included.")
-    estimate: TrainEstimate | None = None
+    estimate: TrainEstimate = Field(description="What it was expected to need.")
     files: tuple[str, ...] = Field((), description="History and measurements, relative to `path`.")
     notes: tuple[str, ...] = Field((), description="What one should know.")
     dry_run: bool = Field(False, description="Whether this is a plan only: nothing was trained.")

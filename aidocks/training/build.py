@@ -11,7 +11,7 @@ from aidocks.evaluate.comparison import shown
 from aidocks.specs.train_hyper import batches, steps
 from aidocks.specs.train_llm import LLMTrainSpec
 from aidocks.specs.train_llm_result import TrainEstimate
-from aidocks.training.device import TrainingDevice
+from aidocks.training.device import TrainingDevice, require_optimizer
 from aidocks.training.estimate import USABLE, WIDTHS, LLMSetup
 from aidocks.training.fitting import Fit, available_bytes, choose, deepspeed_config
 from aidocks.training.request import Found, Request
@@ -233,10 +233,4 @@ def _require_device(spec: LLMTrainSpec, device: TrainingDevice) -> None:
             value="qlora",
             hint="Use 'lora', which keeps the base as it is.",
         )
-    if "8bit" in spec.optim or spec.optim.startswith(("paged", "lion")):
-        raise InvalidSpec(
-            f"The optimiser {spec.optim!r} is bitsandbytes', which needs a CUDA GPU, and the workers have none.",
-            field="optim",
-            value=spec.optim,
-            hint="Use 'adamw_torch_fused'.",
-        )
+    require_optimizer(spec.optim, device, gpus)

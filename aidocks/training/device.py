@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from aidocks.errors import InvalidSpec
 from aidocks.plan import Unit, UnitContext
 from aidocks.training.run import Precision
 
@@ -43,6 +44,28 @@ class TrainingDevice(BaseModel):
     machine_memory: int
     precision: Precision
     flops: float
+
+
+def require_optimizer(optim: str, device: TrainingDevice, gpus: float | None) -> None:
+    """Refuse an optimiser that needs a GPU where there is none.
+
+    Args:
+        optim: As transformers calls it.
+        device: That the workers have.
+        gpus: Of a worker, as the request says; None where it says nothing.
+
+    Raises:
+        InvalidSpec: It is one of bitsandbytes, and the workers have no GPU, or shall not use one.
+    """
+    if device.cuda and gpus != 0:
+        return
+    if "8bit" in optim or optim.startswith(("paged", "lion")):
+        raise InvalidSpec(
+            f"The optimiser {optim!r} is bitsandbytes', which needs a CUDA GPU, and the workers have none.",
+            field="optim",
+            value=optim,
+            hint="Use 'adamw_torch_fused'.",
+        )
 
 
 class MeasureDevice(Unit[TrainingDevice]):

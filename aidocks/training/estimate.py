@@ -141,6 +141,11 @@ class Setup:
         """What makes up for a smaller batch, for people."""
         return "raise `gradient_accumulation_steps` instead"
 
+    @property
+    def smaller(self) -> str | None:
+        """An adapter that needs less memory, for people; None where there is none."""
+        return "`adapter: lora`" if self.adapter.kind in WHOLE else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class LLMSetup(Setup):
@@ -191,6 +196,12 @@ class LLMSetup(Setup):
     def written(self) -> int:
         # An answer is written token by token, all answers of a step together.
         return self.hyper.max_completion_length if self.method in ONLINE_METHODS else 0
+
+    @property
+    def smaller(self) -> str | None:
+        if self.cuda and self.adapter.kind in ("lora", "dora"):
+            return "`adapter: qlora`"
+        return super().smaller
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _options(setup: Setup, asked: DeepSpeed) -> Iterator[Setup]:
         yield setup
         return
     if asked.fixed_stage is not None:
-        yield replace(setup, stage=_stage(asked.fixed_stage), offload=asked.offload and setup.cuda)
+        yield replace(setup, stage=stage_of(asked.fixed_stage), offload=asked.offload and setup.cuda)
         return
     if not setup.cuda:
         yield setup  # of one machine's memory nothing is gained by dividing it
@@ -137,7 +137,8 @@ def _options(setup: Setup, asked: DeepSpeed) -> Iterator[Setup]:
     yield from (replace(setup, stage=stage, offload=True) for stage in setup.stages if stage > 1)
 
 
-def _stage(number: int) -> Stage:
+def stage_of(number: int) -> Stage:
+    """Return a number that a request has given as a stage of ZeRO."""
     found: dict[int, Stage] = {0: 0, 1: 1, 2: 2, 3: 3}
     return found[number]
 
@@ -181,10 +182,7 @@ def refusal(fit: Fit, asked: DeepSpeed) -> InvalidSpec:
             value=asked_length,
             hint=f"Examples of {length} tokens fit, one at a time.",
         )
-    smaller = (
-        "`adapter: qlora`" if setup.adapter.kind in ("lora", "dora") and setup.cuda else "`adapter: lora`"
-    )
-    further = f", or {smaller}" if setup.adapter.kind != "qlora" else ""
+    further = f", or {setup.smaller}" if setup.smaller else ""
     stage = "" if asked.is_off else ", or more `workers`"
     return InvalidSpec(
         message,
@@ -208,7 +206,7 @@ def sentence(estimate: TrainEstimate) -> str:
     parts = (
         f"{estimate.trainable:,} of {estimate.parameters:,} parameters are trained",
         f"about {format_bytes(estimate.total_bytes)} a worker of {format_bytes(estimate.available_bytes or 0)}",
-        f"{estimate.steps:,} steps",
+        f"{estimate.steps:,} step{'' if estimate.steps == 1 else 's'}",
     )
     told = ", ".join(parts)
     if estimate.seconds is None:

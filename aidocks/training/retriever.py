@@ -22,8 +22,6 @@ RerankerLoss = Literal[
 #: What rows are: a query with passages that answer it, or that do not; or two texts and how alike they are.
 RowKind = Literal["ranking", "scored"]
 
-#: Losses that learn from scores of pairs, of a person or of a better model.
-SCORED_LOSSES: tuple[EmbeddingLoss | RerankerLoss, ...] = ("cosent", "angle", "cosine", "mse")
 #: Losses that learn from what a better model makes of a query's passages.
 DISTILLING_LOSSES: tuple[EmbeddingLoss | RerankerLoss, ...] = ("margin_mse", "distill_kl", "mse")
 #: Losses that take the passages of other queries of the step for negatives.
@@ -56,6 +54,10 @@ class Retriever(_Part):
     prompts: Prompts = Prompts()
     max_length: int = Field(512, ge=8, description="Tokens of a text (reranker: of query and passage).")
     remote_code: bool = Field(False, description="An admin allows this model to bring code of its own.")
+    seed: int = Field(
+        0,
+        description="Of the weights that no file has: the head of a reranker that is made of a plain encoder.",
+    )
 
 
 class RetrieverHyperparameters(Hyperparameters):

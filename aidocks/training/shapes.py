@@ -17,9 +17,16 @@ from aidocks.training.run import LOW_RANK, AdapterSettings
 
 _HEAD = "lm_head.weight"
 #: Fields of configurations that hold the width of the MLP; where there is none it is four times the hidden size.
-_MLP_WIDTHS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-_HIDDEN = ("hidden_size", "n_embd", "d_model")
-_HEADS = ("num_attention_heads", "n_head", "num_heads")
+_MLP_WIDTHS = (
+    "moe_intermediate_size",
+    "intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+    "hidden_dim",
+)
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _CONTEXTS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _VOCABULARIES = ("vocab_size",)
 

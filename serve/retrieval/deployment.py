@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,20 +52,22 @@ class ServeCompute:
         self._handle: Any = None
 
     async def compute(self, call: Call) -> Reply:
-        import ray
+        from ray.exceptions import RayError, RayTaskError
+        from ray.serve.exceptions import RayServeException
 
         try:
             reply = await asyncio.wait_for(self._resolve().compute.remote(call), CALL_TIMEOUT_S)
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             if isinstance(error.cause, AIDocksError):
                 raise error.cause from None
             raise
         except TimeoutError:
             raise ServiceUnreachable(
                 f"{call.recipe.retriever.name} did not answer within {CALL_TIMEOUT_S:.0f} s.",
-                hint="Is the machine short of memory, or busy with a training?",
+                hint="Is the machine short of memory or busy with a training, or has it no GPU that is free "
+                "(AIDOCKS_SERVING_GPUS)?",
             ) from None
-        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        except (RayError, RayServeException) as error:
             log.exception("the process that computes has died")
             raise ServiceUnreachable(
                 f"The process that computed with {call.recipe.retriever.name} has died.",
@@ -95,10 +98,28 @@ class RetrievalReplica:
         self._models = ModelsAtHand(settings.serving_memory_bytes, device)
         # One thread, always the same: torch's settings of threads belong to it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrieval")
+        self._since: float | None = None
 
     async def compute(self, call: Call) -> Reply:
         """Compute a call; as :meth:`~aidocks.retrieval.serving.ModelsAtHand.compute`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._models.compute, call)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, call)
+
+    def check_health(self) -> None:
+        """Have Ray Serve replace this process when it computes something of which nobody waits for the end.
+
+        Raises:
+            RuntimeError: A call takes longer than anybody waits.
+        """
+        since = self._since
+        if since is not None and time.monotonic() - since > CALL_TIMEOUT_S:
+            raise RuntimeError(f"a call has taken more than {CALL_TIMEOUT_S:.0f} s")
+
+    def _run(self, call: Call) -> Reply:
+        self._since = time.monotonic()
+        try:
+            return self._models.compute(call)
+        finally:
+            self._since = None
 
 
 def retrieval_application(settings: Settings) -> Application:

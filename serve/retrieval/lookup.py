@@ -38,6 +38,7 @@ class Lookup:
         self._resolver = resolver
         self._remote_code = frozenset(remote_code)
         self._known: OrderedDict[tuple[str, RetrieverKind], _Known] = OrderedDict()
+        self._looking: dict[tuple[str, RetrieverKind], asyncio.Task[Retriever]] = {}
 
     async def find(self, reference: str, kind: RetrieverKind) -> Retriever:
         """Return the model that a reference means.
@@ -50,7 +51,23 @@ class Lookup:
         known = self._known.get((reference, kind))
         if known and time.monotonic() - known.at < TRUSTED_S and _state(known.retriever) == known.state:
             return known.retriever
-        retriever = await asyncio.to_thread(open_trained, reference, kind, self._resolver, self._remote_code)
+        # Requests come together, and a look at all files is one for all of them.
+        looking = self._looking.get((reference, kind))
+        if looking is None:
+            looking = asyncio.create_task(self._look(reference, kind))
+            # What it failed of is nobody's news where all who asked have gone away.
+            looking.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._looking[reference, kind] = looking
+        # One who goes away takes nothing from the others.
+        return await asyncio.shield(looking)
+
+    async def _look(self, reference: str, kind: RetrieverKind) -> Retriever:
+        try:
+            retriever = await asyncio.to_thread(
+                open_trained, reference, kind, self._resolver, self._remote_code
+            )
+        finally:
+            del self._looking[reference, kind]
         state = _state(retriever)
         if state is not None:
             self._known[reference, kind] = _Known(retriever, state, time.monotonic())

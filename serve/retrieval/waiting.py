@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aidocks.errors import TooBusy
+from aidocks.errors import ServiceUnreachable, TooBusy
 from aidocks.retrieval.serving import Call, Pair, Recipe, Reply
 
 #: That one call shall take.
@@ -29,6 +29,8 @@ _PACES = 256
 #: Fewer than these wait at any time, of all requests together.
 MOST_WAITING_REQUESTS = 256
 MOST_WAITING_TOKENS = 4_000_000
+#: Texts are held here as they came, however few of their tokens a model reads.
+MOST_WAITING_CHARACTERS = 200_000_000
 #: Characters of a token, about; and tokens that are added to every text.
 _CHARACTERS, _ADDED = 4, 2
 
@@ -91,6 +93,7 @@ class Waiting:
         self._under_way: set[asyncio.Task[None]] = set()
         self._requests = 0
         self._tokens = 0
+        self._characters = 0
 
     async def answer(self, recipe: Recipe, items: Sequence[Item]) -> Answered:
         """Return what a model makes of texts, or of pairs.
@@ -101,9 +104,13 @@ class Waiting:
         """
         sizes = [_tokens(item, recipe.retriever.max_length) for item in items]
         size = sum(sizes)
+        # Of pairs, the query is the same text in all.
+        characters = sum(len(item) if isinstance(item, str) else len(item[1]) for item in items)
         # Whatever comes to an empty queue is taken, however large.
         if self._requests and (
-            self._requests >= MOST_WAITING_REQUESTS or self._tokens + size > MOST_WAITING_TOKENS
+            self._requests >= MOST_WAITING_REQUESTS
+            or self._tokens + size > MOST_WAITING_TOKENS
+            or self._characters + characters > MOST_WAITING_CHARACTERS
         ):
             raise TooBusy(
                 f"{self._requests} requests are waiting for models that find texts.",
@@ -113,6 +120,7 @@ class Waiting:
         self._queues.setdefault(recipe, deque()).append(request)
         self._requests += 1
         self._tokens += size
+        self._characters += characters
         # Not at once: what else has arrived in this turn of the loop goes with it.
         asyncio.get_running_loop().call_soon(self._send)
         try:
@@ -121,6 +129,7 @@ class Waiting:
             # Also when whoever asked has gone away: what it still had waiting is passed over.
             self._requests -= 1
             self._tokens -= size
+            self._characters -= characters
 
     def _send(self) -> None:
         """Begin the calls for which there is a free lane."""
@@ -131,39 +140,47 @@ class Waiting:
     def _next(self) -> tuple[Recipe, list[tuple[_Request, int]]] | None:
         """Take the items of a call, or None while nothing waits, or all lanes are taken.
 
-        A lane has one call after the one that is computed only when that is full: it saves the way there and back,
-        and what is not full rather gathers more.
+        It is of the model whose turn it is. A lane has one call after the one that is computed, which saves the way
+        there and back, but not one that could rather gather more: of a model that has no other to wait for, and too
+        little for a full call. Passing such a model over for another's full call would keep it waiting for as long
+        as the other has any.
         """
         busy = len(self._under_way)
         for recipe in list(self._queues):
-            queue = self._queues[recipe]
-            _pass_over(queue)
-            if not queue:
+            _pass_over(self._queues[recipe])
+            if not self._queues[recipe]:
                 del self._queues[recipe]
-                continue
-            budget = self._budget(recipe)
-            if busy >= self._lanes and not (busy < 2 * self._lanes and _holds(queue, budget)):
-                continue
-            self._queues.move_to_end(recipe)
-            return recipe, _take(queue, budget)
-        return None
+        if not self._queues or busy >= 2 * self._lanes:
+            return None
+        recipe, queue = next(iter(self._queues.items()))
+        budget = self._budget(recipe)
+        if busy >= self._lanes and len(self._queues) == 1 and not _holds(queue, budget):
+            return None
+        self._queues.move_to_end(recipe)
+        return recipe, _take(queue, budget)
 
     async def _run(self, recipe: Recipe, taken: list[tuple[_Request, int]]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             reply = await self._compute(Call(recipe, [request.items[place] for request, place in taken]))
-        except Exception as error:  # noqa: BLE001 - each request has it, and its door says what it means
-            for request in {id(request): request for request, _ in taken}.values():
-                if not request.future.done():
-                    request.future.set_exception(error)
-        else:
-            self._learn(recipe, sum(request.sizes[place] for request, place in taken), reply.seconds)
+            assert len(reply.values) == len(taken), "a row of each item"
             for (request, place), row, tokens in zip(taken, reply.values, reply.tokens, strict=True):
                 request.fill(place, row, tokens)
+            self._learn(recipe, sum(request.sizes[place] for request, place in taken), reply.seconds)
+        except Exception as error:  # noqa: BLE001 - each request has it, and its door says what it means
+            _fail(taken, error)
+        except asyncio.CancelledError:
+            # Whoever computes has cancelled it; or this process ends.
+            _fail(
+                taken, ServiceUnreachable("The service is about to end.", hint="Send it again in a moment.")
+            )
+            if task.cancelling():
+                raise
         finally:
-            task = asyncio.current_task()
-            assert task is not None
             self._under_way.discard(task)
-            self._send()
+            if not task.cancelling():
+                self._send()
 
     def _budget(self, recipe: Recipe) -> int:
         pace = self._pace.get(recipe)
@@ -179,6 +196,12 @@ class Waiting:
         self._pace[recipe] = (before + seconds / tokens) / 2
         if len(self._pace) > _PACES:
             self._pace.popitem(last=False)
+
+
+def _fail(taken: Sequence[tuple[_Request, int]], error: Exception) -> None:
+    for request in {id(request): request for request, _ in taken}.values():
+        if not request.future.done():
+            request.future.set_exception(error)
 
 
 def _tokens(item: Item, longest: int) -> int:

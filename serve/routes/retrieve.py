@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from aidocks.retrieval.answers import cut, pairs_of, ranking, recipe_of
+from aidocks.retrieval.answers import pairs_of, ranking, recipe_of, vectors
 from aidocks.retrieval.serving import Recipe
 from aidocks.specs.read import build_spec, parse_json
 from aidocks.specs.retrieve import EmbedAnswer, EmbedRequest, RerankAnswer, RerankRequest
@@ -33,8 +34,13 @@ _PROBLEMS = problems(
     (415, "The body is not `application/json`."),
     (422, "The request is not valid, or the model is of another kind."),
     (429, "Too much waits already; `Retry-After` says when to ask again."),
+    (501, "The libraries that compute are not installed."),
     (503, "Nobody computes at the moment."),
 )
+
+
+#: Values that take so long to write (10 ms) that others who ask are not kept waiting meanwhile.
+_LONG = 50_000
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,13 @@ async def embedded(here: Context, asked: EmbedRequest) -> Embedded:
     """
     retriever = await here.retrievers.find(asked.model, "embedding")
     answered = await here.waiting.answer(recipe_of(asked, retriever), asked.texts)
-    rows = [cut(row, asked.dimensions) for row in answered.rows]
+    made = vectors(asked, answered.rows)
     write = _in_base64 if asked.encoding_format == "base64" else _as_numbers
-    return Embedded([write(row) for row in rows], len(rows[0]), answered.tokens)
+    if made.size < _LONG:
+        written = [write(row) for row in made]
+    else:
+        written = await asyncio.to_thread(lambda: [write(row) for row in made])
+    return Embedded(written, made.shape[1], answered.tokens)
 
 
 async def ranked(here: Context, asked: RerankRequest) -> tuple[list[dict[str, Any]], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -16,6 +17,7 @@ from aidocks.jobs.store import JobStore
 from aidocks.models.registry import Registry
 from tests.conftest import Service
 from tests.support.gang_jobs import processes_of, until
+from tests.support.tiny_retrievers import make_embedder, questions
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -28,28 +30,38 @@ ROWS = [
 ]
 
 
+#: What is asked for, of each kind of training.
+BODIES: dict[str, dict[str, Any]] = {
+    "llm": {
+        "base_model": "kills-base",
+        "method": "sft",
+        "dataset": ROWS,
+        "max_steps": STEPS,
+        "save_steps": SAVE_STEPS,
+        "per_device_train_batch_size": 2,
+        "merge_adapter": False,
+        "samples": 0,
+    },
+    # Its steps are short: the process that kills needs some time, too.
+    "emb": {
+        "base_model": "kills-embedder",
+        "dataset": questions(120),
+        "eval_split": 0,
+        "max_steps": 150,
+        "save_steps": 15,
+        "per_device_train_batch_size": 16,
+    },
+}
+
+
 class Course:
     """One training on the service."""
 
-    def __init__(self, service: Service, store: JobStore, name: str, **more: object) -> None:
+    def __init__(self, service: Service, store: JobStore, name: str, kind: str = "llm") -> None:
         self.service = service
         self.store = store
-        body = {
-            "base_model": "kills-base",
-            "name": name,
-            "method": "sft",
-            "dataset": ROWS,
-            "workers": 2,
-            "max_steps": STEPS,
-            "save_steps": SAVE_STEPS,
-            "per_device_train_batch_size": 2,
-            "max_length": 64,
-            "merge_adapter": False,
-            "samples": 0,
-            "evaluate": False,
-            **more,
-        }
-        response = httpx.post(f"{service.url}/train/llm", json=body, timeout=60)
+        body = {"name": name, "workers": 2, "max_length": 64, "evaluate": False, **BODIES[kind]}
+        response = httpx.post(f"{service.url}/train/{kind}", json=body, timeout=60)
         assert response.status_code == 202, response.text
         self.id = response.json()["id"]
 
@@ -72,6 +84,15 @@ class Course:
 
         until(written, checkpoint.name, DEADLINE_S)
 
+    def wait_for_next_attempt(self) -> None:
+        until(
+            lambda: any(
+                "goes on from checkpoint-" in said["text"] for said in self.events(EventType.MESSAGE)
+            ),
+            "the next attempt",
+            DEADLINE_S,
+        )
+
     def kill(self, title: str) -> None:
         process, *_ = processes_of(self.service.settings, (title,))
         process.send_signal(signal.SIGKILL)
@@ -84,14 +105,15 @@ class Course:
 
 
 @pytest.fixture
-def train(service: Service, stories260k: Path) -> Iterator[Callable[..., Course]]:
+def train(service: Service, stories260k: Path, tmp_path: Path) -> Iterator[Callable[..., Course]]:
     registry = Registry(service.settings.models_dir)
     registry.import_checkpoint("kills-base", stories260k)
+    registry.import_checkpoint("kills-embedder", make_embedder(tmp_path / "embedder"))
     store = JobStore(service.settings.store_url)
     courses: list[Course] = []
 
-    def begin(name: str, **more: object) -> Course:
-        courses.append(Course(service, store, name, **more))
+    def begin(name: str, kind: str = "llm") -> Course:
+        courses.append(Course(service, store, name, kind))
         return courses[-1]
 
     yield begin
@@ -100,7 +122,8 @@ def train(service: Service, stories260k: Path) -> Iterator[Callable[..., Course]
             store.request_cancel(course.id)
             until(lambda course=course: store.get(course.id).status.terminal, "its end")  # type: ignore[misc]
     store.close()
-    for name in ("kills-undisturbed", "kills-disturbed", "kills-base"):
+    names = ("kills-undisturbed", "kills-disturbed", "kills-finder", "kills-base", "kills-embedder")
+    for name in names:
         if registry.exists(name):
             registry.delete(name)
 
@@ -112,11 +135,7 @@ def test_a_training_ends_as_if_nobody_had_been_killed(train: Callable[..., Cours
     course = train("kills-disturbed")
     course.wait_for_checkpoint(SAVE_STEPS)
     course.kill("ray::RayTrainWorker")
-    until(
-        lambda: any("goes on from checkpoint-" in said["text"] for said in course.events(EventType.MESSAGE)),
-        "the next attempt",
-        DEADLINE_S,
-    )
+    course.wait_for_next_attempt()
     course.wait_for_checkpoint(2 * SAVE_STEPS)
     course.kill("ray::SupervisorActor")
     result = course.result()
@@ -130,3 +149,27 @@ def test_a_training_ends_as_if_nobody_had_been_killed(train: Callable[..., Cours
     assert course.losses()[STEPS] == pytest.approx(undisturbed.losses()[STEPS], rel=1e-6)
     checkpoints = course.service.settings.checkpoints_dir / course.id
     until(lambda: not checkpoints.exists(), "the checkpoints to be removed")
+
+
+def test_what_finds_texts_is_trained_to_its_end_by_another_worker(train: Callable[..., Course]) -> None:
+    """Steps that are done again have the losses that they had, and one model is published, with all its steps."""
+    course = train("kills-finder", "emb")
+    body = BODIES["emb"]
+    course.wait_for_checkpoint(body["save_steps"])
+    course.kill("ray::RayTrainWorker")
+    course.wait_for_next_attempt()
+    result = course.result()
+
+    assert (result["steps"], result["attempts"]) == (body["max_steps"], 2)
+    assert result["reload_error"] < 1e-5
+    losses: dict[int, list[float]] = {}
+    for point in course.events(EventType.METRICS):
+        if point.get("loss") is not None:
+            losses.setdefault(point["step"], []).append(point["loss"])
+    again = {step: found for step, found in losses.items() if len(found) > 1}
+    assert len(again) <= body["save_steps"], "at most what came after the last checkpoint"
+    for found in again.values():
+        assert found == pytest.approx(found[:1] * len(found), rel=1e-3)
+    history = json.loads((Path(result["path"]) / "report" / "history.json").read_text())
+    steps = [point["step"] for point in history["points"] if point.get("loss") is not None]
+    assert steps == list(range(1, body["max_steps"] + 1))

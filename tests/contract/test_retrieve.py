@@ -181,6 +181,7 @@ def test_passages_come_in_order(client: Any, made: dict[str, Path]) -> None:
         ("/embed", {"model": "embedder", "input": ["x"] * 2049}, 422, "invalid_spec", "2048"),
         ("/rerank", {"model": "reranker", "query": "x", "documents": []}, 422, "invalid_spec", "documents"),
         ("/rerank", {"model": "reranker", "query": "x", "documents": ["y"], "top_n": 0}, 422, "invalid_spec", "top_n"),
+        ("/embed", {"model": "embedder", "input": "x", "dimensions": 0}, 422, "invalid_spec", "dimensions"),
     ],
 )  # fmt: skip
 def test_what_is_refused(
@@ -208,6 +209,47 @@ def test_a_model_that_was_replaced_is_another_one(client: Any, settings: Setting
     registry.import_checkpoint("embedder", make_embedder(tmp_path / "other", seed=5))
     after = client.post("/embed", json=request).json()["embeddings"]
     assert np.abs(np.subtract(before, after)).max() > 1e-3
+
+
+def test_one_whose_text_makes_no_numbers_is_no_failure_of_others(
+    client: Any, problem: Callable[..., Any], computing: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = computing.models.compute
+
+    def broken(call: Call) -> Reply:
+        reply = compute(call)
+        reply.values[[item == "fire" for item in call.items]] = np.nan
+        return reply
+
+    monkeypatch.setattr(computing.models, "compute", broken)
+    request = {"model": "embedder", "input": TEXTS}
+    problem(client.post("/embed", json=request), 422, "corrupt_checkpoint")
+    assert client.post("/embed", json=request | {"input": TEXTS[:3]}).status_code == 200
+
+
+def test_a_library_that_is_missing_is_said(
+    client: Any, problem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aidocks.retrieval import libraries
+
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None if "sentence" in name else name)
+    refused = problem(client.post("/embed", json={"model": "embedder", "input": "x"}), 501, "missing_extra")
+    assert "aidocks[local]" in refused["hint"]
+
+
+def test_a_model_that_is_deleted_meanwhile(made: dict[str, Path], settings: Settings, tmp_path: Path) -> None:
+    from aidocks.models.resolve import ModelResolver
+    from aidocks.retrieval.answers import open_trained
+    from aidocks.retrieval.serving import Recipe
+
+    directory = make_embedder(tmp_path / "brief")
+    found = open_trained(str(directory), "embedding", ModelResolver(settings.models_dir, (tmp_path,)))
+    models = ModelsAtHand(1 << 30, "cpu", 1)
+    models.compute(Call(Recipe(found), ["the river"]))
+    directory.rename(tmp_path / "gone")
+    with pytest.raises(UnknownModel, match="no longer there"):
+        models.compute(Call(Recipe(found), ["the river"]))
+    assert models.names == ()
 
 
 def test_models_that_fit_no_more_are_let_go(made: dict[str, Path], settings: Settings) -> None:
@@ -312,6 +354,8 @@ def test_openais_client(ai: openai.OpenAI, vectors: Any) -> None:
         ({"model": "none", "input": "x"}, "model"),
         ({"model": "embedder", "input": [1, 2, 3]}, "input"),
         ({"model": "embedder", "input": [[1], [2]]}, "input"),
+        ({"model": "embedder", "input": []}, "input"),
+        ({"model": "embedder", "input": "x", "dimensions": 33}, "dimensions"),
         ({"model": "embedder", "input": "x", "extra_body": {"input_type": "picture"}}, "input_type"),
     ],
 )

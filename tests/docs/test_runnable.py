@@ -9,12 +9,24 @@ from typing import Any
 
 import pytest
 
+from aidocks.models.registry import Registry
 from tests.support.documentation import blocks_of_all_pages, command_on_path
+from tests.support.tiny_retrievers import make_embedder, make_reranker
 
 RUN = [block for block in blocks_of_all_pages() if "test" in block.marks]
 
 
+@pytest.fixture(scope="module")
+def models(service: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Small models under the names of those that the pages speak of."""
+    directory = tmp_path_factory.mktemp("models")
+    registry = Registry(service.settings.models_dir)
+    for name, make in {"all-minilm-l6-v2": make_embedder, "bge-reranker-base": make_reranker}.items():
+        registry.import_checkpoint(name, make(directory / name))
+
+
 @pytest.mark.e2e
+@pytest.mark.usefixtures("models")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", sorted({block.page for block in RUN}))
 def test_what_the_page_shows_works(page: str, service: Any, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from aidocks.specs.train_rewriting import METHOD_WORDS
 from aidocks.training.data.formats import detect
 from aidocks.training.data.forms import METHOD_FORMS
 from aidocks.training.run import AdapterKind, Method, RewardRule
-from tests.support.documentation import ROOT
+from tests.support import documentation
+from tests.support.documentation import ROOT, check_defaults, table_rows
+from tests.support.documentation import names_in as names
 
 PAGE = (ROOT / "docs" / "train-llm.md").read_text()
 SPEC: dict[str, Any] = {"base_model": "base", "dataset": "rows", "rewards": []}
@@ -24,19 +26,11 @@ REWARD = {"rewards": [{"kind": "match"}]}
 
 
 def section(title: str) -> str:
-    found = re.search(rf"^## {title}$(.*?)^## ", PAGE, re.MULTILINE | re.S)
-    assert found is not None, title
-    return found[1]
+    return documentation.section(PAGE, title)
 
 
 def rows(title: str) -> list[list[str]]:
-    """Return the cells of the tables of a section whose rows begin with code."""
-    lines = re.findall(r"^\| (`.*) \|$", section(title), re.MULTILINE)
-    return [[cell.strip() for cell in line.split(" | ")] for line in lines]
-
-
-def names(cell: str) -> list[str]:
-    return re.findall(r"`(\w+)`", cell)
+    return table_rows(section(title))
 
 
 def test_every_field_has_its_row() -> None:
@@ -47,18 +41,7 @@ def test_every_field_has_its_row() -> None:
 
 
 def test_defaults_are_those_of_the_request() -> None:
-    """A default that stands as a word or a number in its row is the field's own."""
-    fields = LLMTrainSpec.model_fields
-    for first, default, *_ in rows("Fields"):
-        told = [word.strip().strip("`") for word in default.split(",")]
-        if len(told) != len(names(first)):
-            continue
-        for name, word in zip(names(first), told, strict=True):
-            own = fields[name].default
-            if isinstance(own, bool):
-                assert word in (str(own).lower(), "where it can be merged"), name
-            elif isinstance(own, int | float) and re.fullmatch(r"[\d.e-]+", word):
-                assert float(word) == own, name
+    check_defaults(section("Fields"), LLMTrainSpec.model_fields, {"merge_adapter": "where it can be merged"})
 
 
 def forms() -> dict[str, tuple[dict[str, Any], set[str]]]:

@@ -99,3 +99,23 @@ def small_training(
     }
     made = EmbeddingTraining if kind == "embedding" else RerankerTraining
     return made(**(settings | given))
+
+
+def train_here(training: Any) -> Any:
+    """Run a training in this process; return it."""
+    from train.loop import run
+    from train.reporter import LocalReporter
+
+    run(training, LocalReporter(training))
+    return training
+
+
+def difference(training: Any) -> float:
+    """Return by how much the files of a training differ from the model in memory."""
+    from aidocks.plan import UnitContext
+    from aidocks.retrieval.verifying import VerifyFiles
+
+    whole = training.merge or training.adapter.kind == "full"
+    place = {"model": training.output} if whole else {"adapter": training.output}
+    unit = VerifyFiles(retriever=training.retriever.model_copy(update=place), probe=training.story.parent)
+    return unit.run(UnitContext(workspace=training.output.parent)).error

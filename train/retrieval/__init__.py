@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aidocks.retrieval.stages import require_stage
+from aidocks.retrieval.trainable import require_stage
 from aidocks.training.retriever import EmbeddingTraining, RerankerTraining
 from aidocks.training.run import Backend
 
@@ -58,6 +58,8 @@ def rows_left_out(trainer: Any, training: RetrieverTraining) -> tuple[str, ...]:
     notes = [trainer.train_dataset.left_out("are not trained on")]
     if trainer.eval_dataset is not None:
         notes.append(trainer.eval_dataset.left_out("are not measured during the training"))
+    elif training.held_out is not None and training.held_out.count:
+        notes.append("The held-out loss is not measured: no held-out row has what this loss learns from.")
     return tuple(note for note in notes if note)
 
 

@@ -11,8 +11,8 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from aidocks.errors import InvalidSpec
-from aidocks.retrieval.architecture import RETRIEVAL_SIDES, RETRIEVAL_TASK
 from aidocks.retrieval.loading import network_of
+from aidocks.retrieval.trainable import require_one_adapter
 from aidocks.training.retriever import EmbeddingTraining, RetrieverTraining
 from train.adapters import keep_exact, target_modules
 
@@ -35,24 +35,13 @@ def prepare(model: Any, training: RetrieverTraining) -> None:
         training: What is trained.
 
     Raises:
-        InvalidSpec: The adapter names modules that the model does not have, or would stand on another adapter; or the
-            model uses one adapter for queries and another one for passages.
+        InvalidSpec: The adapter names modules that the model does not have, or as
+            :func:`aidocks.retrieval.trainable.require_one_adapter`.
     """
+    makes_adapter = training.adapter.kind != "full" and not training.merge
+    require_one_adapter(training.retriever, makes_adapter=makes_adapter)
     network = network_of(model)
-    if training.retriever.task == RETRIEVAL_TASK:
-        raise InvalidSpec(
-            f"For {RETRIEVAL_TASK!r} the model has an adapter for queries and one for passages, but one is trained.",
-            field="task",
-            value=RETRIEVAL_TASK,
-            hint=f"Name one of them: {' or '.join(RETRIEVAL_SIDES)}.",
-        )
-    if unload(network) and training.adapter.kind != "full" and not training.merge:
-        raise InvalidSpec(
-            "The model has an adapter already, so an adapter alone would not say what it belongs to.",
-            field="merge_adapter",
-            value=False,
-            hint="Ask for a whole model (merge_adapter: true), or merge the first adapter into its base before.",
-        )
+    unload(network)
     without_dropout(model)
     embeds = isinstance(training, EmbeddingTraining)
     if training.adapter.kind == "full":
@@ -81,8 +70,8 @@ def without_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def unload(network: torch.nn.Module) -> bool:
-    """Add the active adapters to the weights and take all adapters away; return whether there were any."""
+def unload(network: torch.nn.Module) -> None:
+    """Add the active adapters to the weights, and take all adapters away."""
     layers = [
         (name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)
     ]
@@ -98,11 +87,10 @@ def unload(network: torch.nn.Module) -> bool:
         # transformers would write an adapter in place of a model.
         network._hf_peft_config_loaded = False  # type: ignore[assignment]
         del network.peft_config
-    return bool(layers or wholes)
 
 
 def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return everything that is trained, by name, on the CPU; what shares memory stands there once for each name."""
+    """Return everything that is trained, by name, on the CPU; a tensor of several names under the first of them."""
     return {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()

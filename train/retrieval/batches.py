@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch.utils.data import Sampler
 
 from train.retrieval.rows import Examples
+
+#: Examples that are looked at for one of a step, at most: of many that exclude each other, all of them at every step
+#: would take a time that grows with the square of their number.
+_LOOKED_AT = 20
 
 
 class Batches(Sampler[list[int]]):
@@ -45,9 +50,10 @@ class Batches(Sampler[list[int]]):
         self._shuffled = shuffled
         self._apart = apart
         most = _Step(examples)
-        together = sum(most.take(each) for each in range(len(examples))) if apart else len(examples)
+        taken = (each for each in range(len(examples)) if not apart or most.take(each))
+        together = sum(1 for _ in islice(taken, batch * processes))
         #: Examples of one process; read by accelerate.
-        self.batch_size = min(batch, together // processes)
+        self.batch_size = together // processes
         self.drop_last = True
 
     def __len__(self) -> int:
@@ -63,29 +69,40 @@ class Batches(Sampler[list[int]]):
         if not len(self):
             return
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        order: list[int] = torch.randperm(len(self._examples), generator=generator).tolist()
-        waiting = deque(order)
+        waiting: deque[int] = deque(torch.randperm(len(self._examples), generator=generator).tolist())
+        again = waiting.copy()
         for _ in range(len(self) // self._processes):
-            step = self._next(waiting, order)
+            step = self._next(waiting, again)
             # Dealt out by length, so that the processes do not wait for each other.
             step.sort(key=lambda each: (self._examples.length(each), each))
             for process in range(self._processes):
                 yield step[process :: self._processes]
 
-    def _next(self, waiting: deque[int], order: Sequence[int]) -> list[int]:
+    def _next(self, waiting: deque[int], again: deque[int]) -> list[int]:
+        """Return the examples of the next step.
+
+        Args:
+            waiting: Those that this epoch has not seen, in their order; what is taken is taken out.
+            again: All of them, those first that have stood in for others least lately.
+        """
         size = self.batch_size * self._processes
         if not self._apart:
             return [waiting.popleft() for _ in range(size)]
-        step, chosen, postponed = _Step(self._examples), [], []
-        while waiting and len(chosen) < size:
+        step, chosen, postponed = _Step(self._examples), list[int](), list[int]()
+        while waiting and len(chosen) < size and len(postponed) < _LOOKED_AT * size:
             each = waiting.popleft()
             (chosen if step.take(each) else postponed).append(each)
-        waiting.extendleft(reversed(postponed))
-        # The last steps of an epoch, when only such are left as exclude each other: some are seen again.
+        if len(chosen) == size:
+            waiting.extendleft(reversed(postponed))
+            return chosen
+        # Only such are left as exclude each other, or there are many of them: some others are seen again.
+        waiting.extend(postponed)
         for keeps_apart in (True, False):
-            for each in order:
+            for _ in range(min(len(again), _LOOKED_AT * size)):
                 if len(chosen) == size:
                     return chosen
+                each = again[0]
+                again.rotate(-1)
                 if each not in chosen and (step.take(each) or not keeps_apart):
                     chosen.append(each)
         return chosen

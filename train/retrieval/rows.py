@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from aidocks.errors import InvalidSpec
 from aidocks.training.retriever import EmbeddingLoss, RerankerLoss
 from aidocks.training.run import Rows
 
@@ -80,7 +79,7 @@ class Examples(Dataset[dict[str, Any]]):
     Args:
         layout: How an example looks.
         texts: Every text once.
-        examples: Of numbers of texts. Of the layout ``columns`` all have as many passages.
+        examples: At least one, of numbers of texts. Of the layout ``columns`` all have as many passages.
         answers: Query -> all its right passages, also those that are not in the same example.
         given: Rows that they were made of.
         unused: How many of these had nothing that the loss could learn from.
@@ -104,7 +103,7 @@ class Examples(Dataset[dict[str, Any]]):
         self._given = given
         self._unused = unused
         self._before = before_passages
-        self.column_names = list(self[0]) if examples else []
+        self.column_names = list(self[0])
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -145,7 +144,7 @@ def load_examples(
     negatives: int,
     seed: int,
     before_passages: str = "",
-) -> Examples:
+) -> Examples | None:
     """Read rows as examples of a loss. See `aidocks.training.retriever.RetrieverTraining` for their fields.
 
     Args:
@@ -156,8 +155,8 @@ def load_examples(
         seed: Of the random passages that stand in for negatives that a row lacks.
         before_passages: As in :class:`Examples`.
 
-    Raises:
-        InvalidSpec: No row has what the loss learns from.
+    Returns:
+        None where no row has what the loss learns from.
     """
     shape = SHAPES[kind, loss]
     reader = _Reader(shape, negatives, seed)
@@ -165,15 +164,7 @@ def load_examples(
         reader.add(record)
     examples, unused = reader.finish()
     if not examples:
-        raise InvalidSpec(
-            f"No row of the data has what the loss {loss!r} learns from"
-            + (": scores of a better model." if shape.values == "scores" else "."),
-            field="loss",
-            value=loss,
-            hint="Name the better model (`distill_from`)."
-            if shape.values == "scores"
-            else "Give rows with passages.",
-        )
+        return None
     return Examples(
         shape.layout, reader.texts, examples, reader.answers, reader.given, unused, before_passages
     )

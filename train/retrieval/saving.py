@@ -14,6 +14,7 @@ import torch
 
 from aidocks.checkpoints.files import sync_directory, sync_file, unfinished, write_text
 from aidocks.checkpoints.layout import ADAPTER_CONFIG_FILE, read_json_object
+from aidocks.retrieval.architecture import architecture_of
 from aidocks.retrieval.loading import network_of, stored_dtype
 from aidocks.retrieval.verifying import make_probe, write_probe
 from aidocks.training.merging import ADAPTER_DIRECTORY
@@ -31,8 +32,8 @@ def save_result(trainer: Any, training: EmbeddingTraining | RerankerTraining) ->
     """Write what was trained, aside and then in one go, by the first process; return the files.
 
     A whole model is written in the type in which its base is stored; the adapter that was merged stays beside it, in
-    ``adapter/``. Beside the story goes the probe, what the model in memory makes of some texts
-    (:mod:`aidocks.retrieval.verifying`).
+    ``adapter/``, unless it stands on another one. Beside the story goes the probe, what the model in memory makes of
+    some texts (:mod:`aidocks.retrieval.verifying`).
 
     Args:
         trainer: Of this package, after its last step.
@@ -80,12 +81,13 @@ def _write(model: Any, training: EmbeddingTraining | RerankerTraining, directory
             _save(model, training, directory)
             _name_base(directory, training)
             return
-        adapter = directory / ADAPTER_DIRECTORY
-        network.save_pretrained(adapter)
-        _name_base(adapter, training)
+        # One that was trained on another adapter belongs to no model that has a name.
+        if training.retriever.adapter is None and training.retriever.task is None:
+            network.save_pretrained(directory / ADAPTER_DIRECTORY)
+            _name_base(directory / ADAPTER_DIRECTORY, training)
         unload(network)
     # Trained in a wider type, a model is rounded once, to the type in which it came.
-    stored = stored_dtype(training.base)
+    stored = stored_dtype(training.base / architecture_of(training.base).transformer)
     model.to(stored)
     network.config.dtype = stored
     _save(model, training, directory)

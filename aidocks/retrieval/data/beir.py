@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from aidocks.errors import InvalidSpec
 from aidocks.evaluate.texts import allowed_file
-from aidocks.retrieval.data.convert import Passage, Ranking
+from aidocks.retrieval.data.convert import Passage, Ranking, checked_grade, checked_text, with_title
 from aidocks.retrieval.data.detect import number_of
 from aidocks.specs.train_data import SkippedRows
 from aidocks.training.data.hub import parse_split
@@ -116,18 +116,14 @@ class BeirFolder:
         for number, values in self._read("corpus"):
             try:
                 name = _id(values, "_id")
-                title, text = values.get("title"), values.get("text")
-                whole = f"{title} {text}" if isinstance(title, str) and isinstance(text, str) else text
-                if not isinstance(whole, str) or not whole.strip():
-                    raise BadRow("text is empty", field="text")
+                whole = checked_text(with_title(values), "text")
                 if name in seen:
                     raise BadRow("its _id was there before", field="_id", detail=name)
-                _require_writable(whole, "text")
             except BadRow as fault:
                 self._blame("corpus", number, fault)
                 continue
             seen.add(name)
-            yield name, whole.strip()
+            yield name, whole
         self._require_enough("corpus")
 
     def rankings(self, known: Mapping[str, int]) -> Iterator[tuple[int, Ranking, tuple[int, ...]]]:
@@ -165,12 +161,9 @@ class BeirFolder:
         texts: dict[str, str] = {}
         for number, values in self._read("queries"):
             try:
-                name, text = _id(values, "_id"), values.get("text")
-                if not isinstance(text, str) or not text.strip():
-                    raise BadRow("text is empty", field="text")
+                name, text = _id(values, "_id"), checked_text(values.get("text"), "text")
                 if name in texts:
                     raise BadRow("its _id was there before", field="_id", detail=name)
-                _require_writable(text, "text")
             except BadRow as fault:
                 self._blame("queries", number, fault)
                 continue
@@ -185,10 +178,8 @@ class BeirFolder:
                 grade = number_of(values.get("score"))
                 if grade is None:
                     raise BadRow("score is no number", field="score", detail=repr(values.get("score"))[:40])
-                if 0 < grade < 1:
-                    raise BadRow("score is a part of 1", field="score", detail=str(grade))
-                # TREC's judgements below 0 are wrong ones, too.
-                yield Judgement(number, _id(values, "query-id"), _id(values, "corpus-id"), max(0.0, grade))
+                query, passage = _id(values, "query-id"), _id(values, "corpus-id")
+                yield Judgement(number, query, passage, checked_grade(grade, "score"))
             except BadRow as fault:
                 self._blame("qrels", number, fault)
 
@@ -222,10 +213,3 @@ def _id(values: Mapping[str, Any], column: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise BadRow(f"{column} is missing" if value in (None, "") else f"{column} is no id", field=column)
     return str(value)
-
-
-def _require_writable(text: str, column: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{column} has half of a character", field=column) from error

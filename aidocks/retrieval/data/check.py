@@ -120,7 +120,7 @@ def check_retrieval_data(
 
 
 def require_one_kind(found: Mapping[str, tuple[str, RowKind]]) -> RowKind:
-    """Return what the rows of all data sets of a request are.
+    """Return what the rows are that a request trains on. What it only measures on may be of another kind.
 
     Args:
         found: Field of the request -> name of the data set, and what its rows are; at least one.
@@ -136,6 +136,6 @@ def require_one_kind(found: Mapping[str, tuple[str, RowKind]]) -> RowKind:
                 f"{first} has {names[rows]}, {name} has {names[other]}.",
                 field=field,
                 value=name,
-                hint="A training learns from one of both, and is measured on the same.",
+                hint="A training learns from one of both. The other may be measured on: name it in `eval_dataset`.",
             )
     return rows

@@ -12,6 +12,9 @@ from aidocks.specs.train_retrieval import RetrievalRole
 from aidocks.training.data.formats import as_list
 from aidocks.training.data.rows import BadRow
 
+#: Gains of larger ones could not be added up.
+_HIGHEST_GRADE = 1000.0
+
 
 class Passage(NamedTuple):
     """A passage that a row names.
@@ -109,14 +112,8 @@ class Converter:
         if not documents:
             raise self._absent(values, self._fields["documents"])
         labels = self._numbers(values, "labels", len(documents), self._fields["documents"])
-        if any(0 < label < 1 for label in labels):
-            raise BadRow(
-                f"{self._fields['labels']} has a part of 1: labels are 0 (wrong), or 1 and more (how right)",
-                field=self._fields["labels"],
-                detail=str(next(label for label in labels if 0 < label < 1)),
-            )
-        passages = zip(documents, labels, strict=True)
-        return Ranking(query, tuple(Passage(text, max(0.0, label)) for text, label in passages))
+        grades = [checked_grade(label, self._fields["labels"]) for label in labels]
+        return Ranking(query, tuple(map(Passage, documents, grades)))
 
     def _with_scores(
         self, values: Mapping[str, Any], texts: list[str], role: str, grade: float
@@ -147,7 +144,7 @@ class Converter:
     def _text(self, values: Mapping[str, Any], role: RetrievalRole) -> str:
         column = self._fields[role]
         value = values.get(column)
-        return _checked(value, column) if value not in (None, "") else self._refuse_absent(values, column)
+        return checked_text(value, column) if value not in (None, "") else self._refuse_absent(values, column)
 
     def _passages(self, values: Mapping[str, Any], column: str) -> list[str]:
         """Return the texts of a column: one text, a list of them, or of objects with `text` (and `title`)."""
@@ -157,7 +154,8 @@ class Converter:
         listed = None if single else texts_in(value)
         if listed is None:
             listed = [] if value in (None, "") else [value]
-        return [_checked(_text_of(item), column) for item in listed]
+        texts = (with_title(item) if isinstance(item, Mapping) else item for item in listed)
+        return [checked_text(text, column) for text in texts]
 
     def _unanswered(self, values: Mapping[str, Any]) -> bool:
         """Return whether a row of SQuAD's form has no answer: its passage is a wrong one, made to mislead."""
@@ -171,14 +169,30 @@ class Converter:
         return BadRow(f"{column} is empty" if column in values else f"{column} is missing", field=column)
 
 
-def _text_of(item: Any) -> Any:
-    if not isinstance(item, Mapping):
-        return item
-    title, text = item.get("title"), item.get("text")
-    return f"{title} {text}" if title and isinstance(title, str) and isinstance(text, str) else text
+def checked_grade(label: float, column: str) -> float:
+    """Return how right a label says that a passage is: 0 for a wrong one, else 1 to 1000.
+
+    Raises:
+        BadRow: It is a part of 1, or so large that it is no grade.
+    """
+    if 0 < label < 1 or label > _HIGHEST_GRADE:
+        raise BadRow(
+            f"{column} has {'a part of 1' if label < 1 else 'a number above 1000'}: labels are 0 (wrong), "
+            "or 1 and more (how right)",
+            field=column,
+            detail=str(label),
+        )
+    # TREC's judgements below 0 are wrong ones, too.
+    return max(0.0, label)
 
 
-def _checked(value: Any, column: str) -> str:
+def with_title(row: Mapping[str, Any], column: str = "text") -> Any:
+    """Return what a row has for a text, with its `title` before it: so BEIR's own models read passages."""
+    title, text = row.get("title"), row.get(column)
+    return f"{title} {text}".strip() if isinstance(title, str) and isinstance(text, str) else text
+
+
+def checked_text(value: Any, column: str) -> str:
     """Return a text that can be written.
 
     Raises:

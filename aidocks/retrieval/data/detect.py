@@ -279,7 +279,8 @@ def _no_form(binders: Sequence[_Binder], columns: Sequence[str], field: str) -> 
             "These rows are judgements of a BEIR folder, without its texts.",
             field=field,
             value=", ".join(columns),
-            hint="Name the folder in which corpus.jsonl, queries.jsonl and qrels/ are.",
+            hint="Name the folder in which corpus.jsonl, queries.jsonl and qrels/<split>.tsv are. A data set of the "
+            "hub in this form is not read from there: download it, and name its folder.",
         )
     free = [column for column in columns if column not in nearest.columns]
     mapped = {}

@@ -29,7 +29,7 @@ class Part(NamedTuple):
 def divide(
     trained: Sequence[Collected], measured: Sequence[Collected], wanted: Callable[[int], int], seed: int
 ) -> tuple[Part, ...]:
-    """Divide the data sets of a request, all of one kind of rows.
+    """Divide the data sets of a request.
 
     Args:
         trained: Those that are trained on.

@@ -46,7 +46,14 @@ def ranking_rows(
     lines = None if searched is None else {number: line for line, number in enumerate(searched)}
     queries = list(data.queries.values())
     digests = data.passages.digests
-    return [_ranking_row(queries[place], lines, digests, grade) for place in places]
+    rows = []
+    for place in places:
+        row = _ranking_row(queries[place], lines, digests, grade)
+        itself = data.passages.number_of(queries[place].text)
+        at = itself if lines is None or itself is None else lines.get(itself)
+        # The question itself, among the passages, answers nothing, unless the data say so.
+        rows.append(row if at is None or str(at) in row["relevant"] else row | {"itself": at})
+    return rows
 
 
 def _ranking_row(

@@ -55,6 +55,10 @@ class Passages:
                 self._ends.append(self.file.bytes)
         return number
 
+    def number_of(self, text: str) -> int | None:
+        """Return the number of the passage that is like a text; None where none is."""
+        return self._numbers.get(digest_of(text))
+
     def text(self, number: int) -> str:
         """Return a passage as it was written first."""
         assert self.file is not None, "passages that are only counted are not read"

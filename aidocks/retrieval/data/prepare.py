@@ -43,7 +43,7 @@ class PreparedRetrieval(BaseModel):
     """The data of a training.
 
     Attributes:
-        rows: What all rows are.
+        rows: What is trained on; each of ``sets`` says itself what it has.
         train: In the training format of ``RetrieverTraining``; rankings carry also ``set``, the number of their data
             set in the order of the request, which is that of ``corpora``.
         held_out: The held-out queries (or pairs) of the trained data sets, in the same format; None without any.
@@ -105,7 +105,7 @@ class _Preparation:
         files: Where what is not published is removed in the end.
 
     Raises:
-        InvalidSpec: A data set cannot be read, or is of another kind than the others.
+        InvalidSpec: A data set cannot be read, or is of another kind than the others that are trained on.
     """
 
     def __init__(self, unit: PrepareRetrievalData, files: ExitStack) -> None:
@@ -115,7 +115,7 @@ class _Preparation:
         self._data = [self._collect(field, source, number) for number, (field, source) in enumerate(sources)]
         trained = len(unit.datasets)
         self._trained, measured = self._data[:trained], self._data[trained:]
-        self._rows = require_one_kind({data.field: (data.source.name, data.rows) for data in self._data})
+        self._rows = require_one_kind({data.field: (data.source.name, data.rows) for data in self._trained})
         self._parts = divide(self._trained, measured, self._wanted, unit.seed)
         self._graded = any(data.graded for data in self._trained)
         self._scored = all(data.scored for data in self._trained)
@@ -228,10 +228,12 @@ class _Preparation:
         whole = self._publish_passages(data) if trained or searched is None else None
         if not places:
             return None, whole
+        # Another split of a data set that is trained on is no data set of which nothing was seen.
+        seen = trained or data.source.name in {one.source.name for one in self._trained}
         made = EvalSet(
             name=data.source.name,
             rows=data.rows,
-            trained=trained,
+            trained=seen,
             queries=self._publish(f"measured-{number}.jsonl", map(json_line, rows)),
             corpus=corpus or whole,
         )

@@ -39,6 +39,26 @@ def test_numbers_by_name_are_columns() -> None:
     assert lines[2].split() == ["a", "0.25", "1", "no"]
 
 
+def test_figures_before_and_after_are_rows_with_their_intervals() -> None:
+    figure = {"metric": "mrr@10", "before": 0.25, "after": 0.5, "delta": 0.25, "low": -0.125, "high": 0.625}
+    figure |= {
+        "before_low": None,
+        "before_high": None,
+        "after_low": 0.25,
+        "after_high": 0.75,
+        "verdict": "improved",
+    }
+    sets = [{"dataset": "a", "queries": 8, "figures": [figure, figure | {"metric": "map@100"}]}]
+    lines = _shown({"domains": sets, "prompts": {"query": "", "passage": ""}})
+    assert lines[0].strip() == "domains: 1"
+    assert lines[1].split() == ["dataset", "queries", "metric", "before", "after", "delta", "verdict"]
+    assert [" ".join(line.split()) for line in lines[2:4]] == [
+        f"a 8 {metric} 0.25 0.5000 [0.2500, 0.7500] 0.2500 [-0.1250, 0.6250] improved"
+        for metric in ("mrr@10", "map@100")
+    ]
+    assert not any("prompts" in line for line in lines)
+
+
 def test_of_long_texts_and_lists_the_beginning_or_the_number_is_shown() -> None:
     text = "".join(f"line {number}\n" for number in range(40))
     lines = _shown({"unfrozen_yaml": text, "names": [f"n{i}" for i in range(40)], "few": ["a", "b"]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from aidocks.errors import (
 )
 from aidocks.models.resolve import ModelResolver
 from aidocks.retrieval.architecture import architecture_of
-from aidocks.retrieval.opening import open_retriever
+from aidocks.retrieval.opening import Choices, open_retriever
 from aidocks.training.retriever import Retriever, RetrieverKind
 from tests.support.tiny_retrievers import make_decoder, make_embedder, make_encoder, make_reranker
 
@@ -84,8 +85,16 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def open_it(directory: Path, kind: RetrieverKind, resolver: ModelResolver, **choices: Any) -> Retriever:
-    return open_retriever(str(directory), kind, resolver, field="base_model", **choices)
+def open_it(
+    directory: Path,
+    kind: RetrieverKind,
+    resolver: ModelResolver,
+    remote_code: frozenset[str] = frozenset(),
+    **choices: Any,
+) -> Retriever:
+    return open_retriever(
+        str(directory), kind, resolver, Choices(**choices), field="base_model", remote_code=remote_code
+    )
 
 
 def test_every_choice_is_made(tmp_path: Path, resolver: ModelResolver) -> None:
@@ -181,7 +190,15 @@ def alibi_alone(directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("make", [jina_v2, jina_v3_of_the_authors, new_type, both_directions, alibi_alone])
+def alibi_without_code(directory: Path) -> Path:
+    make_encoder(directory)
+    change(directory / "config.json", position_embedding_type="alibi")
+    return directory
+
+
+@pytest.mark.parametrize(
+    "make", [jina_v2, jina_v3_of_the_authors, new_type, both_directions, alibi_alone, alibi_without_code]
+)
 def test_a_model_with_code_of_its_own_is_refused_and_not_served_as_another(
     tmp_path: Path, resolver: ModelResolver, make: Any
 ) -> None:
@@ -197,7 +214,7 @@ def test_a_model_with_code_of_its_own_is_refused_and_not_served_as_another(
         assert "AIDOCKS_REMOTE_CODE_MODELS" in hint
     (directory / "modeling_bert.py").write_text("raise SystemExit('code was run')")
     with pytest.raises(UnsafeCheckpoint):
-        open_it(directory, "embedding", resolver, remote_code={str(directory), "m"})
+        open_it(directory, "embedding", resolver, remote_code=frozenset({str(directory), "m"}))
 
 
 def test_code_that_does_what_transformers_does_is_left_aside(tmp_path: Path, resolver: ModelResolver) -> None:
@@ -248,6 +265,31 @@ def test_modules_that_are_not_understood_are_named(
         architecture_of(directory)
 
 
+def test_no_more_is_read_than_there_are_places_for(tmp_path: Path) -> None:
+    directory = make_embedder(tmp_path / "e")
+    change(directory / "sentence_bert_config.json", max_seq_length=100_000)
+
+    assert architecture_of(directory).max_length == 128
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("1_Pooling/config.json", {"word_embedding_dimension": [1], "embedding_dimension": [1]}),
+        ("1_Pooling/config.json", {"embedding_dimension": "wide"}),
+        ("config.json", {"hidden_size": "large"}),
+        ("config.json", {"auto_map": {"AutoModel": 3}}),
+    ],
+)
+def test_values_of_another_form_are_no_failure_of_ours(
+    tmp_path: Path, resolver: ModelResolver, file: str, values: dict[str, Any]
+) -> None:
+    directory = make_embedder(tmp_path / "e")
+    change(directory / file, **values)
+    with suppress(AIDocksError):
+        open_it(directory, "embedding", resolver)
+
+
 def test_code_among_the_modules_is_refused(tmp_path: Path, resolver: ModelResolver) -> None:
     directory = make_embedder(tmp_path / "e")
     modules = json.loads((directory / "modules.json").read_text())
@@ -272,3 +314,14 @@ def test_a_directory_that_is_model_and_adapter_is_refused(tmp_path: Path) -> Non
 
     with pytest.raises(IncompatibleModels, match="both a model and an adapter"):
         architecture_of(directory)
+
+
+def test_a_part_that_is_missing_is_named_without_its_directories(
+    tmp_path: Path, resolver: ModelResolver
+) -> None:
+    directory = make_embedder(tmp_path / "e")
+    (directory / "1_Pooling" / "config.json").unlink()
+
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json of 1_Pooling cannot be read") as refused:
+        architecture_of(directory)
+    assert str(tmp_path) not in str(refused.value)

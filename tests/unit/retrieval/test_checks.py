@@ -21,6 +21,8 @@ from aidocks.specs.train_rerank import RerankerTrainSpec
 RANKED = RowsSeen("ranking", negatives=True, scored=False)
 BARE = RowsSeen("ranking", negatives=False, scored=False)
 TAUGHT = RowsSeen("ranking", negatives=True, scored=True)
+#: Scores of right passages alone.
+GIVEN = RowsSeen("ranking", negatives=False, scored=True)
 SCORED = RowsSeen("scored", negatives=False, scored=False)
 
 
@@ -37,6 +39,8 @@ def spec(kind: str, **given: Any) -> Any:
         ("emb", {"loss": "distill_kl"}, RANKED, "loss"),
         ("emb", {"loss": "margin_mse"}, RANKED, "loss"),
         ("emb", {"loss": "triplet"}, BARE, "mine_negatives"),
+        ("emb", {"distill_from": "teacher"}, BARE, "mine_negatives"),
+        ("emb", {"loss": "distill_kl", "mine_negatives": True}, GIVEN, "mine_negatives"),
         ("emb", {"mine_negatives": True}, SCORED, "mine_negatives"),
         ("rerank", {"loss": "lambda"}, SCORED, "loss"),
         ("rerank", {"loss": "mse"}, RANKED, "loss"),
@@ -59,6 +63,8 @@ def test_what_cannot_be_learnt_is_refused(
         ("emb", {}, SCORED),
         ("emb", {"loss": "triplet", "mine_negatives": True}, BARE),
         ("emb", {"loss": "distill_kl"}, TAUGHT),
+        ("emb", {"distill_from": "teacher", "mine_negatives": True}, BARE),
+        ("rerank", {"distill_from": "teacher"}, BARE),
         ("emb", {"loss": "margin_mse", "distill_from": "teacher"}, RANKED),
         ("rerank", {}, BARE),
         ("rerank", {}, SCORED),

@@ -98,6 +98,12 @@ def test_a_passage_without_an_answer_is_no_positive() -> None:
         ),
         ({"query": "q", "documents": ["p"], "labels": [0.5]}, None, "labels has a part of 1", "labels"),
         (
+            {"query": "q", "documents": ["p"], "labels": [1e308]},
+            None,
+            "labels has a number above 1000",
+            "labels",
+        ),
+        (
             {"sentence1": "a", "sentence2": "b", "score": float("nan")},
             {"sentence1": "a", "sentence2": "b", "score": 1},
             "score is no number",

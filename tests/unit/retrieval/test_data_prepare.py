@@ -180,6 +180,17 @@ def test_measuring_is_bounded_and_right_passages_stay_findable(tmp_path: Path) -
     assert "look in 25 passages" in made.sentences[0]
 
 
+def test_a_passage_that_is_the_query_itself_is_marked(tmp_path: Path) -> None:
+    # Questions that mean the same: each is asked, and is what another one should find.
+    rows = [{"anchor": f"Question {n}?", "positive": f"question {n ^ 1}?"} for n in range(20)]
+    rows += [{"anchor": "alone", "positive": "nothing like it"}, {"anchor": "echo", "positive": "Echo"}]
+    made = prepare(tmp_path, pairs(10), evals=[rows]).sets[0]
+    texts = [row["text"] for row in lines(made.corpus)]
+    found = {row["query"]: row.get("itself") for row in lines(made.queries)}
+    assert all(texts[found[f"Question {n}?"]] == f"question {n}?" for n in range(20))
+    assert (found["alone"], found["echo"]) == (None, None)
+
+
 def test_the_order_of_candidates_does_not_tell_which_are_right(tmp_path: Path) -> None:
     rows = [{"query": f"q{n}", "pos": [f"p{n}"], "neg": [f"n{n}", f"m{n}"]} for n in range(80)]
     made = prepare(tmp_path, rows, eval_split=40)
@@ -237,13 +248,30 @@ def test_a_beir_folder_is_trained_on(tmp_path: Path) -> None:
     assert set(lines(made.sets[0].queries)[0]["relevant"].values()) == {2}
 
 
-def test_all_data_sets_are_of_one_kind(tmp_path: Path) -> None:
-    scored = [{"sentence1": f"a{n}", "sentence2": "b", "score": 0.5} for n in range(4)]
+def scored(count: int) -> list[dict[str, Any]]:
+    return [{"sentence1": f"Q{n}", "sentence2": f"b{n}", "score": n / count} for n in range(count)]
+
+
+def test_all_data_sets_that_are_trained_on_are_of_one_kind(tmp_path: Path) -> None:
     with pytest.raises(
         InvalidSpec, match="inline has queries with passages, inline has pairs with scores"
     ) as error:
-        prepare(tmp_path, pairs(10), evals=[scored])
-    assert error.value.field == "eval_dataset[0]"
+        prepare(tmp_path, pairs(10), scored(4))
+    assert error.value.field == "dataset[1]"
+    assert "eval_dataset" in (error.value.hint or "")
+
+
+@pytest.mark.parametrize("kind", ["embedding", "reranker"])
+def test_what_is_measured_on_may_be_of_another_kind(tmp_path: Path, kind: Any) -> None:
+    made = prepare(tmp_path / "a", pairs(40), evals=[scored(4)], kind=kind, eval_split=8)
+    assert (made.rows, [one.rows for one in made.sets]) == ("ranking", ["ranking", "scored"])
+    assert (made.sets[1].corpus, len(made.corpora), made.data[1].rows) == (None, 1, "scored")
+    # Queries of both kinds are told apart: those of the pairs are not trained on.
+    assert not {"q0", "q1", "q2", "q3"} & {row["query"] for row in lines(made.train)}
+    other = prepare(tmp_path / "b", scored(40), evals=[pairs(10)], kind=kind)
+    assert (other.rows, other.corpora, [one.rows for one in other.sets]) == ("scored", (), ["ranking"])
+    assert other.sets[0].corpus is not None
+    assert other.data[0].leaked == 10
 
 
 def test_a_training_of_what_is_measured_on_alone_is_refused(tmp_path: Path) -> None:

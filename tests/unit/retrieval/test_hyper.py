@@ -18,6 +18,7 @@ from aidocks.retrieval.hyper import (
     examples,
     hyperparameters,
     learning_rate,
+    passes,
     steps,
 )
 from aidocks.specs.read import build_spec
@@ -80,6 +81,10 @@ def setup(**given: Any) -> RetrieverSetup:
         "adapter": AdapterSettings(kind="full"),
         "hyper": RetrieverHyperparameters(**hyper),
         "precision": "float32",
+        "decoder": False,
+        "negatives": None,
+        "head": 0,
+        "new_head": 0,
     }
     return RetrieverSetup(**(own | given))
 
@@ -108,6 +113,9 @@ def test_losses_within_a_batch_take_large_batches_and_one_pass() -> None:
     assert batches(reranker(), "lambda") == (8, 2)
     assert batches(reranker(workers=2), "lambda") == (8, 1)
     assert batches(reranker(gradient_accumulation_steps=3), "lambda") == (8, 3)
+    # A batch that had to be made smaller is seen more often in a step, unless other passes are of no use to it.
+    assert [passes(reranker(), "lambda", size) for size in (8, 2, 1)] == [2, 8, 16]
+    assert passes(embedding(), "mnrl", 2) == 1
 
 
 def test_small_models_learn_faster_and_factors_faster_than_weights() -> None:
@@ -131,7 +139,7 @@ def test_scored_pairs_are_examples() -> None:
 @settings(max_examples=50, deadline=None)
 def test_steps_and_epochs_agree(count: int, batch: int, wanted: float, workers: int) -> None:
     spec = embedding(num_train_epochs=wanted, per_device_train_batch_size=batch, workers=workers)
-    hyper = hyperparameters(spec, "mnrl", count=count, parameters=10**8, max_length=128, negatives=False)
+    hyper = hyperparameters(spec, "mnrl", parameters=10**8, max_length=128, negatives=False)
     number = steps(spec, hyper, count)
     assert number >= 1
     assert epochs(spec, hyper, count) == pytest.approx(wanted)
@@ -144,10 +152,10 @@ def test_what_a_request_says_is_what_is_trained_with() -> None:
     spec = embedding(
         temperature=0.02, matryoshka=[64, 128], negatives=4, chunk_size=8, gather_negatives=False
     )
-    hyper = hyperparameters(spec, "mnrl", count=10, parameters=10**8, max_length=77, negatives=True)
+    hyper = hyperparameters(spec, "mnrl", parameters=10**8, max_length=77, negatives=True)
     assert (hyper.temperature, hyper.matryoshka, hyper.negatives, hyper.chunk) == (0.02, (128, 64), 4, 8)
     assert (hyper.max_length, hyper.gather_negatives, hyper.gradient_checkpointing) == (77, False, False)
-    without = hyperparameters(spec, "mnrl", count=10, parameters=10**8, max_length=77, negatives=False)
+    without = hyperparameters(spec, "mnrl", parameters=10**8, max_length=77, negatives=False)
     assert without.negatives == 0
 
 
@@ -174,6 +182,13 @@ def test_a_list_takes_the_passages_that_its_row_has() -> None:
     assert own.sequences == 24
     assert own.tokens == 24 * 512
     assert tokens_of(100, "reranker") > tokens_of(100, "embedding") > 100
+
+
+def test_a_head_is_trained_whole_beside_factors() -> None:
+    lora = {"kind": "reranker", "loss": "lambda", "adapter": AdapterSettings(), "head": 1000}
+    assert setup(**lora).trained == 1000 + setup(**(lora | {"head": 0})).trained
+    stored, new = setup(head=1000), setup(head=1000, new_head=1000)
+    assert (stored.trained, new.trained) == (MINILM.parameters, MINILM.parameters + 1000)
 
 
 def test_an_open_batch_becomes_what_fits_and_a_given_one_is_refused() -> None:

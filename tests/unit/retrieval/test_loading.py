@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from aidocks.errors import CorruptCheckpoint, IncompatibleModels, UnsafeCheckpoint
+from aidocks.errors import CorruptCheckpoint, IncompatibleModels, MissingExtra, UnsafeCheckpoint
 from aidocks.models.registry import Registry
 from aidocks.models.resolve import ModelResolver
 from aidocks.plan import UnitContext
+from aidocks.retrieval.batching import in_batches
 from aidocks.retrieval.embedder import Embedder, open_embedder
 from aidocks.retrieval.loading import load_cross_encoder, load_embedding_model
-from aidocks.retrieval.opening import open_retriever
+from aidocks.retrieval.opening import Choices, open_retriever
 from aidocks.retrieval.reranker import Reranker, open_reranker
 from aidocks.training.retriever import Prompts, Retriever, RetrieverKind
 from tests.support.tiny_retrievers import (
@@ -39,7 +40,7 @@ def resolver(tmp_path: Path) -> ModelResolver:
 
 
 def open_it(directory: Path, kind: RetrieverKind, resolver: ModelResolver, **choices: Any) -> Retriever:
-    return open_retriever(str(directory), kind, resolver, field="model", **choices)
+    return open_retriever(str(directory), kind, resolver, Choices(**choices), field="model")
 
 
 def of_sentence_transformers(directory: Path, texts: list[str]) -> Any:
@@ -106,10 +107,11 @@ def test_normalisation_is_as_asked_for(tmp_path: Path, resolver: ModelResolver) 
 def test_a_new_head_depends_on_the_seed_alone(tmp_path: Path, resolver: ModelResolver) -> None:
     retriever = open_it(make_encoder(tmp_path / "b"), "reranker", resolver)
 
-    first = Reranker(retriever, "cpu", seed=1).scores(PAIRS)
+    seeded = retriever.model_copy(update={"seed": 1})
+    first = Reranker(seeded, "cpu").scores(PAIRS)
     torch.manual_seed(12345)
-    again = Reranker(retriever, "cpu", seed=1).scores(PAIRS)
-    other = Reranker(retriever, "cpu", seed=2).scores(PAIRS)
+    again = Reranker(seeded, "cpu").scores(PAIRS)
+    other = Reranker(retriever, "cpu").scores(PAIRS)
 
     np.testing.assert_array_equal(first, again)
     assert abs(first - other).max() > 1e-4
@@ -222,9 +224,9 @@ def test_an_adapter_without_its_head_is_refused(tmp_path: Path, resolver: ModelR
         Reranker(open_it(tmp_path / "a0", "reranker", resolver), "cpu")
 
     # With all of the head it does not matter that the base has none.
+    whole = open_it(tmp_path / "a1", "reranker", resolver)
     first, second = (
-        Reranker(open_it(tmp_path / "a1", "reranker", resolver), "cpu", seed=seed).scores(PAIRS)
-        for seed in (0, 1)
+        Reranker(whole.model_copy(update={"seed": seed}), "cpu").scores(PAIRS) for seed in (0, 1)
     )
     np.testing.assert_array_equal(first, second)
 
@@ -248,6 +250,79 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, resolver: Model
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(IncompatibleModels, match="was trained on 'somebody/elses'"):
         open_it(tmp_path / "a", "embedding", resolver)
+
+
+def test_an_adapter_that_was_trained_here_knows_its_base(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    registry = Registry(tmp_path / "registry")
+    resolver = ModelResolver(tmp_path / "registry", [tmp_path / "mine"])
+    base = make_embedder(tmp_path / "mine" / "base")
+    # Another model of the directory's name is not meant.
+    registry.import_checkpoint("base", make_embedder(tmp_path / "other", seed=5))
+    network = AutoModel.from_pretrained(base)
+    make_adapter(network, tmp_path / "a", "FEATURE_EXTRACTION", target_modules=["query"])
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "base"}))
+    registry.import_checkpoint("imported", tmp_path / "a")
+    registry.import_checkpoint("trained", tmp_path / "a")
+    manifest = registry.manifest("trained")
+    parent = manifest.parents[0].model_copy(update={"field": "base_model", "reference": str(base)})
+    written = manifest.model_copy(update={"parents": (parent,)}).model_dump_json()
+    (registry.path("trained") / "aidocks.json").write_text(written)
+
+    opened = {
+        name: open_retriever(name, "embedding", resolver, field="model") for name in ("imported", "trained")
+    }
+
+    assert opened["imported"].model == registry.path("base")
+    assert opened["trained"].model == base
+    (base / "config.json").rename(tmp_path / "config.json")
+    base.rename(tmp_path / "mine" / "gone")
+    with pytest.raises(IncompatibleModels, match="was trained on 'base', which is not to be had") as refused:
+        open_retriever("trained", "embedding", resolver, field="model")
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_what_libraries_say_names_no_directories(
+    tmp_path: Path, resolver: ModelResolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_embedder(tmp_path / "e")
+    retriever = open_it(directory, "embedding", resolver).model_copy(update={"name": "mine"})
+
+    def load(path: str, **_: Any) -> Any:
+        raise OSError(f"there is no vocab.txt in {path}/")
+
+    monkeypatch.setattr("aidocks.retrieval.loading.Transformer.load", load)
+    expected = "mine does not load as an embedding model: there is no vocab.txt in e/"
+    with pytest.raises(IncompatibleModels, match=expected):
+        load_embedding_model(retriever, "cpu", torch.float32)
+
+
+def test_a_missing_library_is_named(
+    tmp_path: Path, resolver: ModelResolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aidocks.retrieval import libraries
+
+    retriever = open_it(make_embedder(tmp_path / "e"), "embedding", resolver)
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None if name == "peft" else name)
+    with pytest.raises(MissingExtra, match=r"need peft.*aidocks\[local\]"):
+        Embedder(retriever, "cpu")
+
+
+def test_what_a_gpu_has_no_room_for_is_computed_in_halves() -> None:
+    computed: list[list[int]] = []
+
+    def compute(chosen: list[int]) -> None:
+        if len(chosen) > 3:
+            raise torch.OutOfMemoryError
+        computed.append(chosen)
+
+    in_batches([100] * 10, "cuda", compute)
+    assert sorted(number for chosen in computed for number in chosen) == list(range(10))
+    assert max(map(len, computed)) == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        in_batches([100], "cuda", lambda _: compute([0] * 4))
 
 
 def test_an_adapter_with_modules_of_its_own(tmp_path: Path, resolver: ModelResolver) -> None:
@@ -374,7 +449,7 @@ def test_the_registry_carries_modules_and_tasks(tmp_path: Path) -> None:
 
     files = {file.path for file in registry.manifest("mini").files}
     retriever = open_retriever("mini", "embedding", resolver, field="model")
-    task = open_retriever("jina", "embedding", resolver, field="model", task="retrieval")
+    task = open_retriever("jina", "embedding", resolver, Choices(task="retrieval"), field="model")
 
     assert {"1_Pooling/config.json", "modules.json", "config_sentence_transformers.json"} <= files
     assert not [name for name in files if name.startswith("onnx")]

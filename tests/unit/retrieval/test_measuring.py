@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from aidocks.plan import PlanContext
 from aidocks.retrieval.eval_set import EvalSet
-from aidocks.retrieval.measures import Measured, Measures, measures_of
+from aidocks.retrieval.loading import load_cross_encoder
+from aidocks.retrieval.measures import Measured, Measures, comparable, measures_of
 from aidocks.retrieval.measuring import find_candidates, measure
 from aidocks.retrieval.tables import domains, examples
+from aidocks.training.measuring import read_rows
 from aidocks.training.retriever import Prompts, Retriever
 from tests.support.driving import drive, plan_context, write_rows
-from tests.support.tiny_retrievers import make_embedder, make_reranker, questions
+from tests.support.tiny_retrievers import make_embedder, make_encoder, make_reranker, questions
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +82,6 @@ def test_figures_are_those_of_sentence_transformers(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-    from aidocks.training.measuring import read_rows
-
     one = ranking_set(tmp_path, count=40)
     (measured,) = drive(measure([one], embedder, "before", context), context.workspace)
     assert one.corpus is not None
@@ -139,6 +140,23 @@ def test_a_model_that_says_the_same_of_everything_is_not_perfect(
     assert measured.passages == 3
 
 
+def test_a_query_does_not_find_itself(embedder: Retriever, context: PlanContext, tmp_path: Path) -> None:
+    texts = ["the king is in the east", "the king lives in the east", "a market in the north"]
+    rows = [{"query": texts[0], "relevant": {"1": 1}, "candidates": [1], "itself": 0}]
+    one = EvalSet(
+        name="same",
+        rows="ranking",
+        trained=True,
+        queries=write_rows(tmp_path / "q.jsonl", rows),
+        corpus=write_rows(tmp_path / "c.jsonl", [{"text": text} for text in texts]),
+    )
+    plain = embedder.model_copy(update={"prompts": Prompts()})
+    for who in (plain, "bm25"):
+        found = drive(find_candidates([one], who, context, count=2), context.workspace)
+        assert read_rows(found.rows[0].path)[0]["candidates"][0] == 1
+        assert found.alone[0].measures.ranks == (1,)
+
+
 def test_what_the_retriever_does_not_find_counts_as_not_found(
     reranker: Retriever, embedder: Retriever, context: PlanContext, tmp_path: Path
 ) -> None:
@@ -152,11 +170,11 @@ def test_what_the_retriever_does_not_find_counts_as_not_found(
     missed = [rank is None for rank in measured.measures.ranks]
     assert missed == [rank is None for rank in alone.measures.ranks]
     assert any(missed), "the random model finds not everything"
-    (table,) = domains([one], None, [measured], found.alone)
+    (table,) = domains([one], [measured], [measured], found.alone)
     figure = table.figures[0]
     assert figure.metric == "ndcg@10"
     assert figure.retriever == pytest.approx(sum(alone.measures.figures["ndcg@10"]) / 20)
-    assert (figure.before, figure.delta, figure.verdict) == (None, None, "not distinguishable")
+    assert (figure.before, figure.delta, figure.verdict) == (figure.after, 0, "not distinguishable")
 
 
 def test_rows_without_wrong_passages_are_ordered_among_those_of_bm25(
@@ -198,8 +216,39 @@ def test_pairs_are_measured_by_ranks(
     got = measured[0].measures
     assert figure.after == pytest.approx(float(spearmanr(got.scores, got.wanted).statistic))
     assert (figure.metric, figure.delta, figure.verdict) == ("spearman", 0, "not distinguishable")
-    assert figure.after_low is not None
     assert figure.after_low < figure.after
+
+
+def test_texts_that_are_alike_are_read_alike(
+    embedder: Retriever, context: PlanContext, tmp_path: Path
+) -> None:
+    asked = embedder.model_copy(update={"prompts": Prompts(query="who ", passage="passage: ")})
+    rows = [{"first": text, "second": text, "score": 1.0} for text in ("a red fox", "a blue hen")]
+    one = EvalSet(name="s", rows="scored", trained=True, queries=write_rows(tmp_path / "s.jsonl", rows))
+    (measured,) = drive(measure([one], asked, "before", context), context.workspace)
+    assert measured.measures.scores == pytest.approx([1, 1])
+
+
+def test_a_new_head_is_measured_as_it_will_be_trained(context: PlanContext, tmp_path: Path) -> None:
+    directory = make_encoder(tmp_path / "encoder")
+    one = scored_set(tmp_path)
+    found = []
+    for seed in (0, 1):
+        model = Retriever(kind="reranker", name="new", model=directory, max_length=64, seed=seed)
+        (measured,) = drive(measure([one], model, "before", context), context.workspace)
+        begun = load_cross_encoder(model, "cpu", torch.float32)
+        pairs = [(row["first"], row["second"]) for row in read_rows(one.queries.path)]
+        scores = begun.predict(pairs, activation_fn=torch.nn.Identity())
+        assert measured.measures.scores == pytest.approx(scores.tolist(), abs=1e-5)
+        found.append(measured.measures.scores)
+    assert found[0] != found[1]
+
+
+def test_scores_that_are_no_numbers_come_last() -> None:
+    scores = comparable([0.5, float("nan"), -7.0, float("inf")])
+    assert scores[0] == 0.5
+    assert max(scores[1], scores[3]) < -7.0
+    assert Measures.model_validate_json(Measures(scores=scores).model_dump_json()).scores == scores
 
 
 def of_ranks(one: EvalSet, ranks: Sequence[int | None]) -> Measured:
@@ -234,10 +283,8 @@ def test_tables_say_what_changed_and_how_sure_that_is(tmp_path: Path) -> None:
         assert {figure.verdict for figure in table.figures if figure.metric != "recall@10"} == {verdict}
         figure = table.figures[0]
         assert figure.metric == "ndcg@10"
-        assert figure.delta == pytest.approx(figure.after - (figure.before or 0))
-        assert figure.low is not None
-        assert figure.high is not None
-        assert figure.low <= (figure.delta or 0) <= figure.high
+        assert figure.delta == pytest.approx(figure.after - figure.before)
+        assert figure.low <= figure.delta <= figure.high
     assert (up.queries, up.passages) == (40, 21)
     # Of 21 passages, all are among the first 100.
     assert "recall@100" not in {figure.metric for figure in up.figures}
@@ -258,11 +305,10 @@ def test_examples_show_gains_and_losses(tmp_path: Path) -> None:
     ]
     assert shown[0].right == shown[0].first_after == "passage 0"
     assert shown[0].first_before == "passage 1"
-    assert [found.query for found in examples([one], None, [after], 2)] == ["query 0", "query 1"]
-    assert examples([], None, [], 3) == ()
+    assert examples([], [], [], 3) == ()
 
 
 def test_nothing_measured_is_no_table(tmp_path: Path) -> None:
     one = made_up(tmp_path, 2)
     empty = Measured(dataset=one.name, rows="ranking", passages=0, measures=Measures())
-    assert domains([one], None, [empty]) == ()
+    assert domains([one], [empty], [empty]) == ()

@@ -31,6 +31,19 @@ def test_the_usual_example_of_discounted_gain() -> None:
     assert figures["ndcg@10"] == pytest.approx(6.861 / (8.740 + 1 / log2(8)), abs=1e-4)
 
 
+def test_figures_are_those_of_trec_eval() -> None:
+    """Computed by hand by the formulas of trec_eval (m_ndcg_cut, m_recip_rank, m_map_cut, m_recall)."""
+    # Found are grades 1, 0, 3, 0 and 2; one more of grade 2 is not.
+    found = ranking_figures([7, 8, 5, 9, 6], {5: 3, 6: 2, 7: 1, 4: 2})
+
+    gained = 1 / 1 + 3 / 2 + 2 / np.log2(6)
+    possible = 3 / 1 + 2 / np.log2(3) + 2 / 2 + 1 / np.log2(5)
+    assert found["ndcg@10"] == pytest.approx(gained / possible)
+    assert found["mrr@10"] == 1
+    assert found["map@100"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 5) / 4)
+    assert (found["recall@1"], found["recall@10"]) == (1 / 4, 3 / 4)
+
+
 def test_the_textbook_example_of_average_precision() -> None:
     # Right passages at ranks 1, 3, 6, 9 and 10 of ten: (1 + 2/3 + 3/6 + 4/9 + 5/10) / 5.
     figures = ranking_figures(range(1, 11), {1: 1, 3: 1, 6: 1, 9: 1, 10: 1})
@@ -128,7 +141,18 @@ def test_no_change_has_no_significance() -> None:
     same = paired_bootstrap([0.5, 1.0, 0.0], [0.5, 1.0, 0.0], seed=0)
 
     assert same == (0.0, 0.0, 0.0, 1.0)
-    assert paired_bootstrap([0.2] * 4, [0.1] * 4, seed=0).p == pytest.approx(1 / 2000)
+    assert paired_bootstrap([0.2] * 40, [0.1] * 40, seed=0).p == pytest.approx(1 / 2000)
+
+
+def test_a_handful_of_queries_proves_nothing() -> None:
+    # Whatever else stays as it was: only what changed can tell.
+    for count, rest in ((1, 0), (5, 0), (5, 500)):
+        change = paired_bootstrap([0.0] * (count + rest), [1.0] * count + [0.0] * rest, seed=0)
+        assert change.low <= 0 < change.high
+        assert change.p >= 2 ** (1 - count)
+    enough = paired_bootstrap([0.0] * 6, [1.0] * 6, seed=0)
+    assert (enough.low, enough.p) == (1.0, 2**-5)
+    assert paired_bootstrap_spearman([3, 1, 2], [1, 2, 3], [1, 2, 3], seed=0).low <= 0
 
 
 @given(st.integers(0, 1000))

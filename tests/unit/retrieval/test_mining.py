@@ -12,6 +12,7 @@ import pytest
 from aidocks.datasets.store import DatasetStore
 from aidocks.errors import InvalidSpec, NameTaken
 from aidocks.plan import PlanContext, UnitContext
+from aidocks.retrieval.data.check import check_retrieval_data
 from aidocks.retrieval.embedding import Vectors, write_array
 from aidocks.retrieval.gathering import GatherPassages
 from aidocks.retrieval.hard_negatives import KeyPassages, LookForNegatives, MinedPart, Searches
@@ -19,7 +20,7 @@ from aidocks.retrieval.mining import Mined, mine
 from aidocks.retrieval.store_negatives import StoreNegatives
 from aidocks.retrieval.teaching import teach
 from aidocks.specs.train_retrieval import NegativesFields
-from aidocks.training.data.rows import source_of_rows
+from aidocks.training.data.rows import source_of_files, source_of_rows
 from aidocks.training.retriever import Retriever
 from aidocks.training.run import Rows
 from tests.support.driving import drive, plan_context, write_rows
@@ -241,12 +242,17 @@ def test_further_passages_are_added_once(tmp_path: Path) -> None:
             {"text": " "},
             {"text": "two"},
             {"text": "four"},
+            {"text": "half \ud800"},
         ]
     )
     unit = GatherPassages(own=own, further=further, path=tmp_path / "all.jsonl")
     made = unit.run(UnitContext(tmp_path))
     assert [row["text"] for row in rows_in(made.rows)] == ["one", "two", "Head three", "four"]
     assert unit.outputs(made)[0].path == tmp_path / "all.jsonl"
+    assert [(one.reason, one.lines) for one in made.skipped] == [
+        ("text is empty", (3,)),
+        ("text has half of a character", (6,)),
+    ]
 
 
 def test_a_file_without_texts_is_no_corpus(tmp_path: Path) -> None:
@@ -262,7 +268,7 @@ def test_a_data_set_that_was_stored_already_is_not_stored_again(tmp_path: Path) 
         tmp_path / "rows.jsonl",
         [{"query": "q", "positives": ["a"], "negatives": ["b", "c"], "set": 0, "scores": [1.0, 0.5, 0.25]}],
     )
-    unit = StoreNegatives(rows=rows, name="found", datasets=tmp_path / "datasets")
+    unit = StoreNegatives(rows=rows, name="found", otherwise="found-2", datasets=tmp_path / "datasets")
     context = UnitContext(tmp_path / "work")
     first = unit.run(context)
     assert unit.run(context) == first
@@ -275,5 +281,24 @@ def test_a_data_set_that_was_stored_already_is_not_stored_again(tmp_path: Path) 
         "neg_scores": [0.5, 0.25],
     }
     other = write_rows(tmp_path / "other.jsonl", [{"query": "q", "positives": ["a"], "negatives": []}])
+    second = unit.model_copy(update={"rows": other})
+    assert second.run(context).name == "found-2", "hours of work are not lost for a name"
+    assert second.run(context) == second.run(context)
     with pytest.raises(NameTaken):
-        unit.model_copy(update={"rows": other}).run(context)
+        unit.model_copy(update={"rows": graded(tmp_path)}).run(context)
+
+
+def graded(tmp_path: Path) -> Rows:
+    row = {"query": "q", "positives": ["a", "b"], "negatives": ["c"], "grades": [2, 1], "set": 0}
+    return write_rows(tmp_path / "graded.jsonl", [row])
+
+
+def test_grades_are_kept(tmp_path: Path) -> None:
+    datasets = tmp_path / "datasets"
+    unit = StoreNegatives(rows=graded(tmp_path), name="g", otherwise="h", datasets=datasets)
+    unit.run(UnitContext(tmp_path / "work"))
+    stored = DatasetStore(datasets).get("g")
+    row = {"query": "q", "documents": ["a", "b", "c"], "labels": [2, 1, 0]}
+    assert json.loads(stored.path.read_text()) == row
+    found = check_retrieval_data(source_of_files("g", [stored.path]), "embedding")
+    assert (found.format, found.positives, found.negatives) == ("labelled_documents", 2, 1)

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from aidocks.errors import AIDocksError, IncompatibleModels, InvalidSpec, UnknownModel
 from aidocks.jobs.submit import plan_context
@@ -123,6 +125,52 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert not context.workspace.exists()
 
 
+@pytest.mark.parametrize(
+    ("further", "field"),
+    [
+        ({"task": "retrieval"}, "task"),
+        ({"task": "retrieval.passage", "merge_adapter": False}, "merge_adapter"),
+        ({"task": "retrieval.passage"}, None),
+        ({"merge_adapter": False}, None),
+    ],
+)
+def test_of_adapters_for_tasks_one_is_trained_and_it_is_merged(
+    context: PlanContext, models: Path, further: dict[str, Any], field: str | None
+) -> None:
+    if not (models / "tasks").exists():
+        shutil.copytree(models / "embedder", models / "tasks")
+        for side in ("retrieval_query", "retrieval_passage"):
+            (models / "tasks" / side).mkdir()
+            (models / "tasks" / side / "adapter_config.json").write_text("{}")
+            (models / "tasks" / side / "adapter_model.safetensors").write_bytes(b"")
+    spec = spec_of(models, "train-emb", "tasks", **further)
+    if field is None:
+        preflight(context, "train-emb", spec)
+        return
+    with pytest.raises(InvalidSpec) as refused:
+        preflight(context, "train-emb", spec)
+    assert refused.value.field == field
+    assert refused.value.hint
+
+
+def test_an_adapter_is_not_put_on_another_one(context: PlanContext, models: Path) -> None:
+    adapter = models / "adapter"
+    adapter.mkdir()
+    named = {"base_model_name_or_path": str(models / "embedder"), "task_type": "FEATURE_EXTRACTION"}
+    (adapter / "adapter_config.json").write_text(json.dumps(named))
+    factors = {"base_model.model.encoder.layer.0.output.dense.lora_A.weight": np.zeros((1, 64), np.float32)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    spec = spec_of(models, "train-emb", "adapter")
+    preflight(context, "train-emb", spec)
+    made = build(context, spec)
+    assert made.identity.base_model.count("+") == 1
+    assert made.request.base.adapter == adapter
+    assert (made.result("new").model, made.result("new").adapter) == (made.output, None)
+    with pytest.raises(InvalidSpec, match="an adapter already") as refused:
+        preflight(context, "train-emb", spec_of(models, "train-emb", "adapter", merge_adapter=False))
+    assert refused.value.field == "merge_adapter"
+
+
 def test_a_reranker_cannot_teach_what_only_embeds(context: PlanContext, models: Path) -> None:
     embedder = str(models / "embedder")
     with pytest.raises(IncompatibleModels) as refused:
@@ -145,7 +193,7 @@ def test_an_embedding_model_looks_for_its_own_negatives_and_a_plain_encoder_does
 
 
 def test_every_choice_is_made_and_written_down(context: PlanContext, models: Path) -> None:
-    spec = spec_of(models, "train-emb", query_prompt="query: ", name="result", workers=2)
+    spec = spec_of(models, "train-emb", query_prompt="query: ", name="result", workers=2, seed=7)
     made = build(context, spec)
     unit = made.unit(made.found.data.train, made.found.data.held_out)
     training = unit.training
@@ -153,6 +201,8 @@ def test_every_choice_is_made_and_written_down(context: PlanContext, models: Pat
     assert (training.loss, training.rows, training.precision) == ("mnrl", "ranking", "float32")
     assert training.retriever.prompts.query == "query: "
     assert training.hyper.max_length == training.retriever.max_length == 64
+    # The model that is measured before: a new head is made by the seed.
+    assert training.retriever.seed == made.request.base.seed == training.hyper.seed == 7
     assert (unit.members, unit.cpus_per_member, unit.gpus_per_member) == (2, 1.0, 0.0)
     assert made.steps == 1  # 32 queries of two batches of 32: one step, of smaller ones
     estimate = made.estimate
@@ -176,6 +226,9 @@ def test_the_plan_of_a_dry_run_says_what_it_will_need(context: PlanContext, mode
     assert any("random weights" in note for note in planned.notes)
     assert any("Nothing is held out" in note for note in planned.notes)
     assert planned.hyperparameters["lora_rank"] == 16
+    # Two layers with factors on their six matrices, a dense layer of 32 by 32, and the score.
+    factors = 16 * 2 * (4 * (32 + 32) + 2 * (32 + 64))
+    assert planned.trainable == factors + 32 * 32 + 32 + 32 + 1
     assert not {"temperature", "virtual_tokens"} & planned.hyperparameters.keys()
 
 
@@ -190,8 +243,20 @@ def test_an_open_batch_becomes_what_fits(context: PlanContext, models: Path) -> 
     made = build(context, spec_of(models, "train-emb"), small)
     assert made.hyper.per_device_train_batch_size < 32 or made.hyper.gradient_checkpointing
     other = plan_context(Settings(home=context.workspace.parents[1], allowed_roots=(models,)), "job-2")
-    with pytest.raises(InvalidSpec, match="needs"):
+    with pytest.raises(InvalidSpec, match="needs") as refused:
         build(other, spec_of(models, "train-emb"), CPU.model_copy(update={"memory": 500_000_000}))
+    assert "adapter" not in (refused.value.hint or "")
+
+
+def test_a_smaller_batch_of_lists_is_seen_more_often_in_a_step(context: PlanContext, models: Path) -> None:
+    spec = spec_of(models, "train-rerank", "reranker", gradient_checkpointing=False, deepspeed=2)
+    made = build(context, spec, CPU.model_copy(update={"memory": 892_000_000}))
+    hyper = made.hyper
+    assert hyper.per_device_train_batch_size < 8
+    assert hyper.gradient_accumulation_steps == -(-16 // hyper.per_device_train_batch_size)
+    assert made.fit.setup.hyper == hyper
+    (note,) = (note for note in made.notes if "does not fit" in note)
+    assert f"{hyper.gradient_accumulation_steps} times a step" in note
 
 
 def test_a_checkpoint_of_another_loss_is_not_gone_on_from(context: PlanContext, models: Path) -> None:

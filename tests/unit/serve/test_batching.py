@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aidocks.errors import IncompatibleModels, TooBusy
+from aidocks.errors import IncompatibleModels, ServiceUnreachable, TooBusy
 from aidocks.retrieval.serving import Call, Recipe, Reply
 from aidocks.training.retriever import Retriever
 from serve.retrieval import waiting
@@ -161,6 +161,61 @@ async def test_models_take_turns() -> None:
     order = [call.recipe.retriever.name for call in model.calls]
     assert set(order[:2]) == {"a", "b"}
     assert all({str(item)[0] for item in call.items} == {"x"} for call in model.calls)
+
+
+@in_loop
+async def test_a_model_with_full_calls_does_not_starve_one_with_little() -> None:
+    model = Model()
+    queue = Waiting(model.compute)
+    large = ask(queue, ["x" * 400] * 1000, "a")
+    await settle()
+    small = ask(queue, ["y"], "b")
+    await settle()
+    # Two calls were under way already, and one more was the other's turn.
+    for _ in range(4):
+        assert model.finish()
+        await settle()
+    assert small.done()
+    assert not large.done()
+    await drain(model)
+    await large
+
+
+@in_loop
+async def test_nobody_waits_for_ever() -> None:
+    model = Model()
+
+    async def one_too_few(call: Call) -> Reply:
+        reply = await model.compute(call)
+        return Reply(reply.values[1:], reply.tokens[1:], reply.seconds)
+
+    async def cancelled(_: Call) -> Reply:
+        raise asyncio.CancelledError
+
+    for compute, error in ((one_too_few, AssertionError), (cancelled, ServiceUnreachable)):
+        queue = Waiting(compute)
+        tasks = [ask(queue, [str(n)]) for n in range(3)]
+        await drain(model)
+        for task in tasks:
+            with pytest.raises(error):
+                await task
+
+
+@in_loop
+async def test_texts_are_counted_as_they_came() -> None:
+    model = Model()
+    queue = Waiting(model.compute)
+    # Of each no more than 512 tokens are read.
+    long = ["x" * 10_000_000] * (waiting.MOST_WAITING_CHARACTERS // 10_000_000)
+    first = ask(queue, long)
+    await settle()
+    with pytest.raises(TooBusy):
+        await queue.answer(recipe(), ["one more"])
+    first.cancel()
+    await drain(model)
+    later = ask(queue, ["later"])
+    await drain(model)
+    await later
 
 
 @in_loop

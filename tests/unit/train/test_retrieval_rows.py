@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,16 @@ def test_texts_that_answer_each_other_s_queries_are_kept_apart() -> None:
             assert len(set(queries)) == 16
         seen.append(steps)
     assert seen[0] != seen[1]
+
+
+def test_a_query_of_very_many_passages_does_not_have_the_same_others_seen_again_and_again() -> None:
+    """Of its passages each step takes one, and the examples beside it are those that were seen again least lately."""
+    examples = _examples([(0, number) for number in range(60)] + [(n, 60 + n) for n in range(1, 30)])
+    seen = Counter(each for step in Batches(examples, 4, 1, 0, apart=True) for each in step)
+    others = [seen[each] for each in range(60, 89)]
+    assert sum(seen.values()) == 88
+    assert max(others) - min(others) <= 2
+    assert max(seen[each] for each in range(60)) == 1
 
 
 def test_examples_that_do_not_fill_a_step_make_a_smaller_one() -> None:
