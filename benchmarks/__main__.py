@@ -47,6 +47,9 @@ NAMES = (
     "train_ray",
     "train_scaling",
     "train_speed",
+    "train_embedding",
+    "train_reranker",
+    "train_retrieval_scaling",
 )
 RESULTS = Path(__file__).parent / "results"
 

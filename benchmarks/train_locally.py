@@ -1,4 +1,4 @@
-"""Trainings as `aidocks train-llm … --local` does them, in this process, and what they took."""
+"""Trainings as `aidocks train-… --local` does them, in this process, and what they took."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from aidocks.specs.train_llm_result import Comparison as Held
 from aidocks.specs.train_llm_result import LLMTrainResult
+from aidocks.specs.train_retrieval_result import RetrieverTrainResult
 from benchmarks.comparison import Comparison
 from benchmarks.peers import scratch_dir
 
+ResultT = TypeVar("ResultT", LLMTrainResult, RetrieverTrainResult)
+
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[ResultT]):
     """A training that has ended: its result, and wall and processor seconds from the request to the registry."""
 
-    result: LLMTrainResult
+    result: ResultT
     seconds: float
     cpu_seconds: float
 
@@ -46,8 +49,8 @@ class Run:
         return {name: value for name, value in known.items() if value is not None}
 
 
-def train(fields: dict[str, Any], told: Callable[[str], None] = lambda _: None) -> Run:
-    """Run one training to its end in a data directory that vanishes afterwards.
+def train(fields: dict[str, Any], told: Callable[[str], None] = lambda _: None) -> Run[LLMTrainResult]:
+    """Run one training of a language model to its end in a data directory that vanishes afterwards.
 
     Args:
         fields: Of the request.
@@ -56,25 +59,40 @@ def train(fields: dict[str, Any], told: Callable[[str], None] = lambda _: None) 
     Raises:
         RuntimeError: The job failed; with what it says.
     """
+    return _train("train-llm", LLMTrainResult, fields, told)
+
+
+def train_retriever(
+    operation: str, fields: dict[str, Any], told: Callable[[str], None] = lambda _: None
+) -> Run[RetrieverTrainResult]:
+    """Do the same with ``train-emb`` or ``train-rerank``."""
+    return _train(operation, RetrieverTrainResult, fields, told)
+
+
+def _train(
+    operation: str, result_type: type[ResultT], fields: dict[str, Any], told: Callable[[str], None]
+) -> Run[ResultT]:
     from aidocks.jobs.runner import run_locally
+    from aidocks.operations import find_operation
     from aidocks.settings import Settings
-    from aidocks.specs.train_llm import LLMTrainSpec
 
     home = Path(tempfile.mkdtemp(prefix="train-", dir=scratch_dir()))
     settings = Settings(home=home, allowed_roots=(Path("/"),))
-    spec = LLMTrainSpec.model_validate({"name": "trained", **fields})
+    spec = find_operation(operation).spec_type().model_validate({"name": "trained", **fields})
     begin, used = time.perf_counter(), _cpu_seconds()
     try:
-        job = run_locally("train-llm", spec, settings, lambda event: _say(event, told))
+        job = run_locally(operation, spec, settings, lambda event: _say(event, told))
         seconds, cpu_seconds = time.perf_counter() - begin, _cpu_seconds() - used
         if job.result is None:
             raise RuntimeError(f"{job.status}: {job.error}")
-        return Run(LLMTrainResult.model_validate(job.result), seconds, cpu_seconds)
+        return Run(result_type.model_validate(job.result), seconds, cpu_seconds)
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def beside_base(title: str, held: Held, done: Run, must_reach: str, **facts: str) -> Comparison:
+def beside_base(
+    title: str, held: Held, done: Run[LLMTrainResult], must_reach: str, **facts: str
+) -> Comparison:
     """Return what was measured on held-out rows after a training, beside the base."""
     assert held.before.value is not None
     assert held.after.value is not None
@@ -157,11 +175,16 @@ def together(files: Sequence[Path]) -> Path:
 
 def chosen_by_hand(request: dict[str, Any]) -> None:
     """Train with the fields that the command line gives, ``FIELD=VALUE`` each; print what came of it."""
-    given = {name: _value(value) for name, value in (pair.split("=", 1) for pair in sys.argv[1:])}
+    given = given_by_hand()
     done = train({**request, **given}, lambda text: print(text, file=sys.stderr, flush=True))
     for held in done.result.held_out:
         print(json.dumps({**given, "metric": held.before.metric, **shown(held)}, ensure_ascii=False))
     print(json.dumps(done.facts), flush=True)
+
+
+def given_by_hand() -> dict[str, Any]:
+    """Return the fields that the command line gives, ``FIELD=VALUE`` each; values are JSON, or else text."""
+    return {name: _value(value) for name, value in (pair.split("=", 1) for pair in sys.argv[1:])}
 
 
 def _value(text: str) -> Any:

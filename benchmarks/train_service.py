@@ -16,9 +16,17 @@ from typing import Any
 from aidocks.jobs.model import Event, EventType
 from aidocks.settings import Settings
 from aidocks.specs.train_llm_result import LLMTrainResult
+from aidocks.specs.train_retrieval_result import RetrieverTrainResult
 from benchmarks.peers import NotAtHand, scratch_dir
 
 _LOOK_S = 0.2
+#: What each training leaves out: nothing is measured, nothing is merged.
+_ALONE: dict[str, dict[str, Any]] = {
+    "train-llm": {"evaluate": False, "samples": 0, "merge_adapter": False},
+    "train-emb": {"evaluate": False, "merge_adapter": False},
+    "train-rerank": {"evaluate": False, "merge_adapter": False},
+}
+Result = LLMTrainResult | RetrieverTrainResult
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Course:
         start_seconds: From the start of the unit that trains to the beginning of its loop.
     """
 
-    result: LLMTrainResult
+    result: Result
     points: tuple[dict[str, Any], ...]
     loop_seconds: float
     start_seconds: float
@@ -67,28 +75,34 @@ def _free_port() -> int:
     raise NotAtHand("no port is free")
 
 
-def train_there(settings: Settings, fields: dict[str, Any]) -> Course:
+def train_there(settings: Settings, fields: dict[str, Any], operation: str = "train-llm") -> Course:
     """Run one training on a service to its end. Nothing but the training itself is done: no measuring, no merging.
+
+    Args:
+        settings: Of the service.
+        fields: Of the request.
+        operation: ``train-llm``, ``train-emb`` or ``train-rerank``.
 
     Raises:
         RuntimeError: The job failed; with what it says.
     """
     from aidocks.jobs.store import JobStore
     from aidocks.jobs.submit import submit_job
-    from aidocks.specs.train_llm import LLMTrainSpec
+    from aidocks.operations import find_operation
 
-    request = {"evaluate": False, "samples": 0, "merge_adapter": False, **fields}
+    spec = find_operation(operation).spec_type().model_validate({**_ALONE[operation], **fields})
     with closing(JobStore(settings.store_url)) as store:
-        job, _ = submit_job(settings, store, "train-llm", LLMTrainSpec.model_validate(request))
+        job, _ = submit_job(settings, store, operation, spec)
         while not (job := store.get(job.id)).status.terminal:
             time.sleep(_LOOK_S)
         if job.result is None:
             raise RuntimeError(f"{job.status}: {job.error}")
         events = list(store.events(job.id, limit=100_000))
-    return _course(LLMTrainResult.model_validate(job.result), events)
+    result_type = LLMTrainResult if operation == "train-llm" else RetrieverTrainResult
+    return _course(result_type.model_validate(job.result), events)
 
 
-def _course(result: LLMTrainResult, events: list[Event]) -> Course:
+def _course(result: Result, events: list[Event]) -> Course:
     told = [event for event in events if event.type is EventType.METRICS and "loss" in event.data]
     points = tuple(event.data for event in told)
     unit = points[0]["unit_id"]

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from aidocks.models.registry import ModelInfo, Registry
 
 
-def import_into(registry: Registry, name: str, source: Path) -> ModelInfo:
-    """Bring the model at ``source`` into the registry.
+def import_into(registry: Registry, name: str, source: Path, *, code: bool = False) -> ModelInfo:
+    """Bring the model at ``source`` into the registry; Python code of its own only where ``code`` allows it.
 
     Raises:
         NotFound: There is nothing at ``source``.
@@ -26,7 +26,7 @@ def import_into(registry: Registry, name: str, source: Path) -> ModelInfo:
             hint="Give a directory in Hugging Face layout, or a .gguf file.",
         )
     if source.suffix.lower() != ".gguf":
-        return registry.import_checkpoint(name, source)
+        return registry.import_checkpoint(name, source, code=code)
     from aidocks.models.gguf_import import import_gguf
 
     try:

@@ -98,8 +98,9 @@ def import_model(
 ) -> None:
     """Copy a model of this machine into its registry."""
     from aidocks.cli.importing import import_into
+    from aidocks.settings import Settings
 
-    info = import_into(_registry(), name, source)
+    info = import_into(_registry(), name, source, code=name in Settings().remote_code_models)
     if manner.json:
         print_json(info.model_dump(mode="json"))
     else:

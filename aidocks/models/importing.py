@@ -28,8 +28,8 @@ from aidocks.models.card import read_license
 from aidocks.models.manifest import IMPORT, Manifest, ManifestFile, Parent
 
 
-def gather(checkpoint: Checkpoint, staged: Path, *, copy: bool) -> list[ManifestFile]:
-    """Bring weights, index, configuration and what travels with them into ``staged``.
+def gather(checkpoint: Checkpoint, staged: Path, *, copy: bool, code: bool = False) -> list[ManifestFile]:
+    """Bring weights, index, configuration and what travels with them into ``staged``; ``code``, if that is asked for.
 
     Raises:
         InsufficientDisk: Before anything is copied.
@@ -38,8 +38,7 @@ def gather(checkpoint: Checkpoint, staged: Path, *, copy: bool) -> list[Manifest
     if checkpoint.weight_files != (checkpoint.path / SINGLE_FILE,):
         sources.append(checkpoint.path / INDEX_FILE)
     sources += module_files(checkpoint.path)
-    if checkpoint.config.get("auto_map"):
-        # Only kept: it is run where an admin allows it (AIDOCKS_REMOTE_CODE_MODELS), and nowhere else.
+    if code and checkpoint.config.get("auto_map"):
         sources += sorted(checkpoint.path.glob("*.py"))
     if copy:
         require_space(staged, sum(source.stat().st_size for source in sources))
@@ -48,9 +47,17 @@ def gather(checkpoint: Checkpoint, staged: Path, *, copy: bool) -> list[Manifest
 
 
 def import_manifest(
-    name: str, source: Path, staged: Path, *, copy: bool, parents: tuple[Parent, ...] = ()
+    name: str,
+    source: Path,
+    staged: Path,
+    *,
+    copy: bool,
+    parents: tuple[Parent, ...] = (),
+    code: bool = False,
 ) -> Manifest:
     """Bring the files of a model, or of an adapter, into ``staged``, and return what is known of it.
+
+    Python code of a model's own is left behind, unless ``code`` says that an admin allows it.
 
     Raises:
         UnknownModel, UnsafeCheckpoint, CorruptCheckpoint, IncompatibleModels: It is neither.
@@ -60,7 +67,7 @@ def import_manifest(
     if is_adapter(source):
         return _import_adapter(name, source, staged, copy=copy, parents=parents)
     checkpoint = Checkpoint(source)
-    files = gather(checkpoint, staged, copy=copy)
+    files = gather(checkpoint, staged, copy=copy, code=code)
     named = checkpoint.config.get("architectures")
     is_list = isinstance(named, Sequence) and not isinstance(named, str) and bool(named)
     return _manifest(

@@ -170,7 +170,13 @@ class Registry:
         return target
 
     def import_checkpoint(
-        self, name: str, source: Path, *, copy: bool = True, parents: tuple[Parent, ...] = ()
+        self,
+        name: str,
+        source: Path,
+        *,
+        copy: bool = True,
+        parents: tuple[Parent, ...] = (),
+        code: bool = False,
     ) -> ModelInfo:
         """Take a checkpoint directory into the registry: its weights, configuration and tokenizer. Or an adapter's.
 
@@ -180,6 +186,8 @@ class Registry:
             copy: Copy the files. Otherwise they are linked where the file system can do so (hard links: the
                 source must not be changed in place afterwards), and copied where it cannot.
             parents: Where the model comes from. Default: the directory itself.
+            code: Whether Python code of the model's own comes along: an admin allows it for this name
+                (`Settings.remote_code_models`). Otherwise it is left behind.
 
         Raises:
             NameTaken: The registry holds a model of that name.
@@ -193,7 +201,8 @@ class Registry:
             raise _taken(name)
         staged = self._models_dir / _STAGING / uuid.uuid4().hex
         try:
-            self.publish(staged, import_manifest(name, source, staged, copy=copy, parents=parents))
+            manifest = import_manifest(name, source, staged, copy=copy, parents=parents, code=code)
+            self.publish(staged, manifest)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         return self.get(name)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field, StringConstraints, field_validator
 
 from aidocks.errors import InvalidSpec
 from aidocks.specs.base import PublishableSpec
+from aidocks.specs.laser import Listed
 from aidocks.specs.train_settings import DeepSpeed, Optimizer, Resources, Schedule, Tracker
 from aidocks.training.run import Precision
+
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", max_length=200)]
 
 _JOB = re.compile(r"job-[A-Za-z0-9-]{1,80}")
 
@@ -74,6 +77,30 @@ class TrainSpec(PublishableSpec):
         ),
         description="Tokens of an example; what is longer is cut. At most what the model can read. Of "
         "`max_seq_length` and `max_total_length` together, the smaller.",
+    )
+    lora_rank: int = Field(
+        16,
+        ge=1,
+        le=4096,
+        validation_alias=AliasChoices("lora_rank", "lora_r", "r"),
+        description="Rank of the factors.",
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, le=65_536, description="Factors are scaled by alpha / rank. Default: twice the rank."
+    )
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the inputs of the factors that is left out in a step."
+    )
+    rslora: bool = Field(
+        False,
+        validation_alias=AliasChoices("rslora", "use_rslora"),
+        description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).",
+    )
+    target_modules: Listed[ModuleName] | None = Field(
+        None,
+        validation_alias=AliasChoices("target_modules", "lora_target_modules", "lora_target"),
+        description="Modules that get factors, by their last name. Default: all linear ones of the layers.",
+        examples=[["q_proj", "v_proj"]],
     )
     gradient_checkpointing: bool | None = Field(
         None,
@@ -152,6 +179,11 @@ class TrainSpec(PublishableSpec):
             hint="Name the failed or cancelled job (job-…): the last checkpoint of that is gone on from. Leave it out "
             "to begin anew.",
         )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_modules(cls, given: Any) -> Any:
+        return None if given in ("all-linear", "all", ["all-linear"], ["all"], [], ()) else given
 
     @field_validator("report_to", mode="before")
     @classmethod

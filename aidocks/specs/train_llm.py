@@ -10,7 +10,6 @@ from pydantic import (
     AliasChoices,
     ConfigDict,
     Field,
-    StringConstraints,
     field_validator,
     model_validator,
 )
@@ -20,7 +19,7 @@ from aidocks.specs.base import ModelName, ModelRef
 from aidocks.specs.laser import Listed
 from aidocks.specs.patterns import compile_pattern
 from aidocks.specs.train_data import SPLIT_PATTERN, DataFormat, DatasetRef, InlineRows, held_out_count
-from aidocks.specs.train_fields import TrainSpec
+from aidocks.specs.train_fields import ModuleName, TrainSpec
 from aidocks.specs.train_rewriting import METHOD_WORDS, rewritten
 from aidocks.specs.train_settings import RewardSpec, ScannedLayers
 from aidocks.training.run import (
@@ -33,8 +32,6 @@ from aidocks.training.run import (
 )
 
 _MOST_PATTERNS = 2048
-
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", max_length=200)]
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -160,30 +157,6 @@ class LLMTrainSpec(TrainSpec):
         "`prefix_tuning`, `full` (all weights), `layers` (those that `layers` names).",
     )
     load_in_4bit: bool | None = Field(None, description="The original name of `adapter: qlora`.")
-    lora_rank: int = Field(
-        16,
-        ge=1,
-        le=4096,
-        validation_alias=AliasChoices("lora_rank", "lora_r", "r"),
-        description="Rank of the factors.",
-    )
-    lora_alpha: float | None = Field(
-        None, gt=0, le=65_536, description="Factors are scaled by alpha / rank. Default: twice the rank."
-    )
-    lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of the inputs of the factors that is left out in a step."
-    )
-    rslora: bool = Field(
-        False,
-        validation_alias=AliasChoices("rslora", "use_rslora"),
-        description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).",
-    )
-    target_modules: Listed[ModuleName] | None = Field(
-        None,
-        validation_alias=AliasChoices("target_modules", "lora_target_modules", "lora_target"),
-        description="Modules that get factors, by their last name. Default: all linear ones but the output layer.",
-        examples=[["q_proj", "v_proj"]],
-    )
     modules_to_save: Listed[ModuleName] | None = Field(
         None, description="Modules that are trained whole, beside the factors.", examples=[["embed_tokens"]]
     )
@@ -272,11 +245,6 @@ class LLMTrainSpec(TrainSpec):
     @classmethod
     def _in_our_words(cls, given: Any) -> Any:
         return rewritten(cls, given) if isinstance(given, Mapping) else given
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _all_modules(cls, given: Any) -> Any:
-        return None if given in ("all-linear", "all", ["all-linear"], ["all"], [], ()) else given
 
     @field_validator("method", mode="before")
     @classmethod

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from aidocks.errors import InvalidSpec
 from aidocks.specs.aliases import one_name_each
 from aidocks.specs.base import ModelName, ModelRef, Spec
-from aidocks.specs.laser import Listed
 from aidocks.specs.train_data import SPLIT_PATTERN, DatasetRef, InlineRows, held_out_count
 from aidocks.specs.train_fields import TrainSpec
 from aidocks.specs.train_rewriting import with_one_length
@@ -51,7 +50,6 @@ DatasetRefs = Annotated[
 ]
 DataRef = DatasetRef | DatasetRefs | InlineRows
 ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", max_length=200)]
 Prompt = Annotated[str, Field(max_length=2000)]
 
 
@@ -168,30 +166,6 @@ class RetrievalTrainSpec(TrainSpec):
         validation_alias=AliasChoices("adapter", "finetuning_type", "peft_type"),
         description="`lora`, `dora`, or `full`: all weights.",
     )
-    lora_rank: int = Field(
-        16,
-        ge=1,
-        le=4096,
-        validation_alias=AliasChoices("lora_rank", "lora_r", "r"),
-        description="Rank of the factors.",
-    )
-    lora_alpha: float | None = Field(
-        None, gt=0, le=65_536, description="Factors are scaled by alpha / rank. Default: twice the rank."
-    )
-    lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of the inputs of the factors that is left out in a step."
-    )
-    rslora: bool = Field(
-        False,
-        validation_alias=AliasChoices("rslora", "use_rslora"),
-        description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).",
-    )
-    target_modules: Listed[ModuleName] | None = Field(
-        None,
-        validation_alias=AliasChoices("target_modules", "lora_target_modules", "lora_target"),
-        description="Modules that get factors, by their last name. Default: all linear ones of the layers.",
-        examples=[["query", "value"]],
-    )
     merge_adapter: bool = Field(
         True,
         description="Whether the result is a whole model, base and adapter in one; else the adapter alone.",
@@ -272,11 +246,6 @@ class RetrievalTrainSpec(TrainSpec):
         if mined is not None and isinstance(body[mined], bool | int):
             count = body[mined]
             body[mined] = ({} if count is True else {"per_query": count}) if count else None
-        targets = next(
-            (n for n in ("target_modules", "lora_target_modules", "lora_target") if n in body), None
-        )
-        if targets is not None and body[targets] in ("all-linear", "all", ["all-linear"], ["all"], [], ()):
-            body[targets] = None
         return body
 
     def datasets(self) -> dict[str, str | tuple[dict[str, Any], ...]]:

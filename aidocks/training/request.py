@@ -148,6 +148,10 @@ class Request:
         ]
         return [("base_model", self.spec.base_model, self.base.path), *judges]
 
+    def directories(self) -> list[Path]:
+        """Return the directories of all models that it reads."""
+        return [directory for _, _, directory in self.parents()]
+
     def require_space(self) -> None:
         """Raise InsufficientDisk when result and checkpoints would not fit."""
         trained = self.shape.trained(self.adapter)

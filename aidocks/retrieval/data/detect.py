@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from aidocks.errors import InvalidSpec
 from aidocks.retrieval.data.forms import EXPLAINED, FORMS, NUMBERED_NEGATIVE, PROMPT_COLUMNS, Names
 from aidocks.specs.train_retrieval import RetrievalFormat, RetrievalRole
+from aidocks.training.data.field_map import check_fields
 from aidocks.training.data.formats import as_list
 
 #: Column in which data sets of the form of SQuAD say the answers, as ``{"text": [...]}``.
@@ -234,32 +235,12 @@ def number_of(value: Any) -> float | None:
 
 
 def _checked(given: Mapping[str, str], columns: Sequence[str]) -> dict[RetrievalRole, str]:
-    roles = list(get_args(RetrievalRole))
-    for role, column in given.items():
-        if role not in roles:
-            raise InvalidSpec(
-                f"A field map has no role {role!r}.",
-                field=f"fields.{role}",
-                value=role,
-                hint=_nearest(role, roles) or f"Roles are {', '.join(roles)}.",
-            )
-        if column not in columns:
-            raise InvalidSpec(
-                f"The data set has no column {column!r}.",
-                field=f"fields.{role}",
-                value=column,
-                hint=f"{_nearest(column, columns) or _listed(columns)} A field map is for all data sets of a request.",
-            )
+    try:
+        check_fields(given, get_args(RetrievalRole), columns)
+    except InvalidSpec as error:
+        error.hint = f"{error.hint} A field map is for all data sets of a request."
+        raise
     return {cast("RetrievalRole", role): column for role, column in given.items()}
-
-
-def _nearest(name: str, known: Sequence[str]) -> str | None:
-    close = get_close_matches(name, known, n=1)
-    return f"Did you mean {close[0]!r}?" if close else None
-
-
-def _listed(columns: Sequence[str]) -> str:
-    return f"Its columns are {', '.join(columns)[:300]}."
 
 
 def _no_form(binders: Sequence[_Binder], columns: Sequence[str], field: str) -> InvalidSpec:

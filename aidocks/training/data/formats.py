@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.errors import InvalidSpec
 from aidocks.specs.train_data import DataFormat, Role
+from aidocks.training.data.field_map import check_fields
 from aidocks.training.data.forms import EXPLAINED, FORMS, METHOD_FORMS
 from aidocks.training.run import ONLINE_METHODS, Method
 
@@ -63,7 +64,7 @@ def detect(
     """
     columns = tuple(dict.fromkeys(str(name) for row in samples for name in row))
     given = dict(fields or {})
-    _check_fields(given, columns, method)
+    check_fields(given, get_args(Role), columns, further=method in ONLINE_METHODS)
     allowed = METHOD_FORMS[method] if format == "auto" else (format,)
     if format != "auto" and format not in METHOD_FORMS[method]:
         raise InvalidSpec(
@@ -244,30 +245,6 @@ def _refuse_judgements(
             value=labels[0],
             hint="Use the method kto, or leave out the rows that are not wanted, and the column.",
         )
-
-
-def _check_fields(given: Mapping[str, str], columns: Sequence[str], method: Method) -> None:
-    roles = list(get_args(Role))
-    for role, column in given.items():
-        if role not in roles and method not in ONLINE_METHODS:
-            raise InvalidSpec(
-                f"A field map has no role {role!r}.",
-                field=f"fields.{role}",
-                value=role,
-                hint=_nearest(role, roles) or f"Roles are {', '.join(roles)}.",
-            )
-        if column not in columns:
-            raise InvalidSpec(
-                f"The data set has no column {column!r}.",
-                field=f"fields.{role}",
-                value=column,
-                hint=_nearest(column, columns) or f"Its columns are {', '.join(columns)}.",
-            )
-
-
-def _nearest(name: str, known: Sequence[str]) -> str | None:
-    close = get_close_matches(name, known, n=1)
-    return f"Did you mean {close[0]!r}?" if close else None
 
 
 def _no_form(

@@ -422,7 +422,7 @@ def test_code_is_run_only_where_an_admin_allows_it(tmp_path: Path, monkeypatch: 
     (source / "config.json").write_text(json.dumps(config))
     (source / "modeling_double.py").write_text(_OWN_CODE)
     registry = Registry(tmp_path / "registry")
-    registry.import_checkpoint("double", source)
+    registry.import_checkpoint("double", source, code=True)
     registry.import_checkpoint("single", make_embedder(tmp_path / "plain"))
     resolver = ModelResolver(tmp_path / "registry", [])
 
