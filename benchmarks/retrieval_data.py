@@ -4,7 +4,8 @@ SQuAD's held-out queries share no right passage with those that are trained on; 
 where their passage or their question is held out. Cranfield is a BEIR folder whose judgements are divided by query. Its
 titles and texts make further pairs: that they belong together is known without any judgement.
 
-Settings are chosen on one division and reported on another; some queries are held out by both. Needs ``AIDOCKS_BENCH_DATA``.
+Settings are chosen on other queries than those that are reported: on a part of SQuAD that is never trained on either,
+and with the two halves of Cranfield's queries exchanged. Needs ``AIDOCKS_BENCH_DATA``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import Any
 
 from benchmarks.peers import data_dir, scratch_dir
 
-#: Seeds of the division whose figures are reported, and of that on which settings are chosen.
-REPORTED, CHOSEN_ON = 1, 0
+#: Divisions: whose figures are reported, and on which settings are chosen.
+REPORTED, CHOSEN_ON = "reported", "chosen-on"
 SQUAD, CRANFIELD = "SQuAD", "Cranfield"
-#: Queries that are only measured on.
-HELD_OUT = {SQUAD: 200, CRANFIELD: 70}
+#: Queries of SQuAD that are only measured on, in each division.
+_OF_SQUAD = {REPORTED: 200, CHOSEN_ON: 60}
+_SEED = 0
 Row = dict[str, Any]
 
 
@@ -32,12 +34,10 @@ class Division:
     """Files of one division.
 
     Attributes:
-        seed: That decides which queries are held out.
         train: Name -> rows to train on: ``squad``, ``squad_pairs``, ``cranfield``, ``cranfield_titles``.
         held_out: Domain -> rows to measure on.
     """
 
-    seed: int
     train: Mapping[str, Path]
     held_out: Mapping[str, Path]
 
@@ -68,36 +68,40 @@ def is_trained(domain: str, names: Iterable[str]) -> bool:
     return any(name.startswith(domain.lower()) for name in names)
 
 
-def divide(seed: int) -> Division:
-    """Write the files of a division.
+def divide(division: str) -> Division:
+    """Write the files of a division, `REPORTED` or `CHOSEN_ON`.
 
     Raises:
         NotAtHand: The data are not on this machine.
     """
-    target = scratch_dir() / f"retrieval-{seed}"
+    target = scratch_dir() / f"retrieval-{division}"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    train, held_out = _squad(seed)
+    parts = _squad()
+    never_trained = [row for name in _OF_SQUAD for row in parts[name]]
     files = {
-        "squad": _write(target / "squad.jsonl", train),
-        "squad_pairs": _write(target / "squad-pairs.jsonl", _further_pairs(held_out)),
-        "cranfield": _cranfield(target / "cranfield", seed),
+        "squad": _write(target / "squad.jsonl", parts["train"]),
+        "squad_pairs": _write(target / "squad-pairs.jsonl", _further_pairs(never_trained)),
+        "cranfield": _cranfield(target / "cranfield", division),
         "cranfield_titles": _write(target / "cranfield-titles.jsonl", _titles()),
     }
-    measured = {SQUAD: _write(target / "squad-held-out.jsonl", held_out), CRANFIELD: files["cranfield"]}
-    return Division(seed, files, measured)
+    measured = {
+        SQUAD: _write(target / "squad-held-out.jsonl", parts[division]),
+        CRANFIELD: files["cranfield"],
+    }
+    return Division(files, measured)
 
 
-def _squad(seed: int) -> tuple[list[Row], list[Row]]:
+def _squad() -> dict[str, list[Row]]:
+    """Return what is trained on, and what each division measures."""
     rows = list(_rows(data_dir("rerank_squad.jsonl")))
     groups = sorted(groups_of([row["positive"] for row in rows]), key=lambda group: rows[group[0]]["query"])
-    random.Random(seed).shuffle(groups)
-    held_out: list[Row] = []
-    train: list[Row] = []
+    random.Random(_SEED).shuffle(groups)
+    parts: dict[str, list[Row]] = {REPORTED: [], CHOSEN_ON: [], "train": []}
     for group in reversed(groups):
-        part = held_out if len(held_out) + len(group) <= HELD_OUT[SQUAD] else train
-        part += (rows[number] for number in group)
-    return train, held_out
+        fitting = (name for name, most in _OF_SQUAD.items() if len(parts[name]) + len(group) <= most)
+        parts[next(fitting, "train")] += (rows[number] for number in group)
+    return parts
 
 
 def groups_of(passages: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -137,15 +141,16 @@ def _titles() -> Iterator[Row]:
             yield {"query": title, "positive": text}
 
 
-def _cranfield(target: Path, seed: int) -> Path:
+def _cranfield(target: Path, division: str) -> Path:
     source = data_dir("cranfield")
     (target / "qrels").mkdir(parents=True)
     for name in ("corpus.jsonl", "queries.jsonl"):
         shutil.copyfile(source / name, target / name)
     head, *judgements = (source / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()
     queries = sorted({line.split("\t")[0] for line in judgements}, key=int)
-    random.Random(seed).shuffle(queries)
-    held_out = set(queries[: HELD_OUT[CRANFIELD]])
+    random.Random(_SEED).shuffle(queries)
+    half = (len(queries) + 1) // 2
+    held_out = set(queries[:half] if division == CHOSEN_ON else queries[half:])
     for split in ("train", "test"):
         part = [line for line in judgements if (line.split("\t")[0] in held_out) == (split == "test")]
         (target / "qrels" / f"{split}.tsv").write_text("\n".join([head, *part]) + "\n", encoding="utf-8")

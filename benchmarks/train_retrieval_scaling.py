@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison import Comparison, in_turns
+from benchmarks.comparison import Comparison, Facts, in_turns
 from benchmarks.peers import NotAtHand, data_dir, embedding_model
 from benchmarks.train_service import Course, service, train_there
 
@@ -48,7 +48,7 @@ def run() -> list[Comparison]:
         two, one = in_turns(
             lambda: seconds_per_token(CORES), lambda: seconds_per_token(1), runs=RUNS, warm_up=0
         )
-    facts = {"steps": STEPS, "examples a step": BATCH, "must reach": f"ratio {1 / LEAST:.3f}"}
+    facts: Facts = {"steps": STEPS, "examples a step": BATCH, "must reach": f"ratio {1 / LEAST:.3f}"}
     speed = Comparison("LoRA of MiniLM-L6, two workers of a core", two, one, "one of two", "ms/token", facts)
     return [speed, _compare(curves[CORES], curves[1])]
 
