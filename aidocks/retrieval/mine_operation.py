@@ -23,6 +23,7 @@ from aidocks.retrieval.opening import Choices, open_retriever
 from aidocks.retrieval.store_negatives import StoreNegatives
 from aidocks.specs.base import OperationResult, Spec
 from aidocks.specs.mine_negatives import MineNegativesResult, MineNegativesSpec
+from aidocks.specs.train_data import named_rows
 from aidocks.training.data.hub import fetch_datasets
 from aidocks.training.data.reading import SUFFIXES, place_of
 from aidocks.training.data.rows import DataSource, describe_skipped
@@ -113,7 +114,7 @@ def _name(spec: MineNegativesSpec, job_id: str) -> str:
     """Return the name of the new data set."""
     if spec.name is not None:
         return spec.name
-    reference = spec.dataset if isinstance(spec.dataset, str) else "inline"
+    reference = named_rows(spec.dataset)
     ending = next((suffix for suffix in SUFFIXES if reference.endswith(suffix)), "")
     return derive_name(reference.removesuffix(ending), "negatives", job_id)
 

@@ -39,6 +39,9 @@ Role = Literal[
 #: How splits of hub data sets are written: `train`, `train[:1000]`, `train[10%:20%]`.
 SPLIT_PATTERN = r"^[A-Za-z0-9_.-]+(\[-?[0-9]*%?:-?[0-9]*%?\])?$"
 
+#: What people call the rows of a request itself.
+INLINE = "inline"
+
 #: Rows that a request may carry itself; more belong into a file.
 MOST_INLINE_ROWS = 10_000
 
@@ -141,4 +144,4 @@ class DataSummary(_Part):
 
 def named_rows(dataset: str | tuple[Mapping[str, Any], ...]) -> str:
     """Return what people call a data set of a request."""
-    return dataset if isinstance(dataset, str) else "inline"
+    return dataset if isinstance(dataset, str) else INLINE

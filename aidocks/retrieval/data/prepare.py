@@ -20,7 +20,7 @@ from aidocks.retrieval.data.divide import divide, limited
 from aidocks.retrieval.data.eval_files import passages_to_search, ranking_rows, training_row
 from aidocks.retrieval.data.passages import Passages, json_line
 from aidocks.retrieval.eval_set import EvalSet
-from aidocks.specs.train_data import held_out_count
+from aidocks.specs.train_data import INLINE, held_out_count
 from aidocks.specs.train_retrieval import RetrievalFormat
 from aidocks.specs.train_retrieval_result import RankingData
 from aidocks.training.data.rows import DataSource, describe_skipped
@@ -228,8 +228,9 @@ class _Preparation:
         whole = self._publish_passages(data) if trained or searched is None else None
         if not places:
             return None, whole
-        # Another split of a data set that is trained on is no data set of which nothing was seen.
-        seen = trained or data.source.name in {one.source.name for one in self._trained}
+        # Of a data set of which another split is trained on, something was seen.
+        named = {one.source.name for one in self._trained if one.source.name != INLINE}
+        seen = trained or data.source.name in named
         made = EvalSet(
             name=data.source.name,
             rows=data.rows,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.errors import InvalidSpec
-from aidocks.specs.train_data import SkippedRows
+from aidocks.specs.train_data import INLINE, SkippedRows
 
 #: Numbers of bad rows that are told, of each reason.
 _SHOWN_LINES = 5
@@ -59,7 +59,7 @@ def source_of_files(name: str, paths: Sequence[Path], revision: str | None = Non
 
 def source_of_rows(rows: Sequence[Mapping[str, Any]]) -> DataSource:
     """Return the data set that the rows of a request are."""
-    return DataSource(name="inline", rows=tuple(map(dict, rows)))
+    return DataSource(name=INLINE, rows=tuple(map(dict, rows)))
 
 
 class BadRow(Exception):

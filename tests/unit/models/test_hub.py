@@ -59,8 +59,11 @@ def downloads(
 def test_fetching_asks_for_safe_files_only(downloads: list[dict[str, Any]], tmp_path: Path) -> None:
     path = hub.fetch("org/name@v1", SECRET)
     assert path == tmp_path / "snapshots" / "c0ffee"
-    (call,) = downloads
-    assert (call["repo_id"], call["revision"], call["token"]) == ("org/name", "v1", SECRET)
+    first, call = downloads
+    assert (first["repo_id"], first["revision"], first["token"]) == ("org/name", "v1", SECRET)
+    assert first["allow_patterns"] == ["config.json"]
+    # The rest is of the commit that the first file was of.
+    assert (call["repo_id"], call["revision"], call["token"]) == ("org/name", "c0ffee", SECRET)
     wanted = huggingface_hub.utils.filter_repo_objects(
         ["model.safetensors", "config.json", "tokenizer.model", "merges.txt", "chat_template.jinja",
          "README.md",
