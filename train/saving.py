@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +31,34 @@ def save_result(trainer: Any, training: LLMTraining) -> tuple[Path, ...]:
     state = _gathered_state(trainer)
     if not trainer.is_world_process_zero():
         return ()
-    output = training.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = unfinished(output)
-    try:
+    with appearing_whole(training.output) as aside:
         _save_weights(trainer, training, state, aside)
         (aside / _CARD).unlink(missing_ok=True)
         for path in sorted(training.tokenizer.iterdir()):
             if path.is_file() and is_tokenizer_file(path):
                 copy_file(path, aside / path.name)
-        for path in aside.rglob("*"):
-            if path.is_file():
-                sync_file(path)
+    return files_in(training.output)
+
+
+@contextmanager
+def appearing_whole(output: Path) -> Iterator[Path]:
+    """Give a directory to write in, and bring what is in it to the disk and to its place in one go; or nothing."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = unfinished(output)
+    try:
+        yield aside
+        for path in files_in(aside):
+            sync_file(path)
         shutil.rmtree(output, ignore_errors=True)
         aside.rename(output)
         sync_directory(output.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return tuple(sorted(path for path in output.rglob("*") if path.is_file()))
+
+
+def files_in(directory: Path) -> tuple[Path, ...]:
+    """Return all files below a directory, in order."""
+    return tuple(sorted(path for path in directory.rglob("*") if path.is_file()))
 
 
 def _save_weights(trainer: Any, training: LLMTraining, state: dict[str, Any] | None, directory: Path) -> None:

@@ -30,7 +30,7 @@ from aidocks.specs.train_llm_result import TrainEstimate
 from aidocks.specs.train_retrieval_result import RankingData
 from aidocks.training.device import require_optimizer
 from aidocks.training.estimate import USABLE, WIDTHS
-from aidocks.training.fitting import Fit, available_bytes, choose, deepspeed_config, stage_of
+from aidocks.training.fitting import Fit, choose, deepspeed_config, stage_of
 from aidocks.training.resuming import Identity, require_same, require_steps_left
 from aidocks.training.retriever import (
     EmbeddingTraining,
@@ -40,6 +40,7 @@ from aidocks.training.retriever import (
 )
 from aidocks.training.run import Precision, Rows
 from aidocks.training.unit import TrainModel
+from aidocks.training.workers import Workers
 
 
 class RetrievalBuild:
@@ -64,7 +65,7 @@ class RetrievalBuild:
         self.loss: Loss = choose_loss(spec, found.data.rows)
         self._has_negatives = self.seen.negatives or spec.mine_negatives is not None
         self.examples = examples(self.loss, self.trained_data, spec.negatives)
-        available = self._available()
+        available = self.workers.available
         setup = fitted(
             self._setup(),
             available,
@@ -144,19 +145,16 @@ class RetrievalBuild:
         a_step = self.hyper.per_device_train_batch_size * self.hyper.gradient_accumulation_steps
         return self.fit.estimate(
             self.found.device,
-            self.cpus,
+            self.workers.cpus,
             self.steps,
             self.examples * an_example,
             a_step * self.request.spec.workers * an_example,
         )
 
-    @property
-    def cpus(self) -> float:
-        """Cores of a worker."""
-        asked = self.request.spec.resources
-        if asked is not None and asked.cpus is not None:
-            return asked.cpus
-        return float(max(1, self.found.device.machine_cores // self.request.spec.workers))
+    @cached_property
+    def workers(self) -> Workers:
+        """Who trains."""
+        return Workers(self.request.spec, self.found.device)
 
     @property
     def output(self) -> Path:
@@ -179,17 +177,7 @@ class RetrievalBuild:
             train: Rows, with what was found for them meanwhile.
             held_out: The same of those whose loss is measured.
         """
-        spec = self.request.spec
-        asked = spec.resources
-        gpus = asked.gpus if asked is not None and asked.gpus is not None else float(self.found.device.cuda)
-        return TrainModel(
-            training=self._training(train, held_out),
-            members=spec.workers,
-            cpus_per_member=self.cpus,
-            gpus_per_member=gpus,
-            memory_per_member=self._reserved,
-            spread=spec.spread_over_nodes,
-        )
+        return self.workers.unit(self._training(train, held_out))
 
     def _training(self, train: Rows, held_out: Rows | None) -> EmbeddingTraining | RerankerTraining:
         request, spec, context = self.request, self.request.spec, self.request.context
@@ -282,12 +270,3 @@ class RetrievalBuild:
         others = [(one.field, one.content_hash) for one in self.found.parents]
         told = json.dumps([data.sha256, mined, others], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()
-
-    @property
-    def _reserved(self) -> int | None:
-        asked = self.request.spec.resources
-        return int(asked.memory_gb * 1e9) if asked is not None and asked.memory_gb is not None else None
-
-    def _available(self) -> int:
-        spec = self.request.spec
-        return available_bytes(self.found.device, spec.workers, self._reserved, spec.spread_over_nodes)

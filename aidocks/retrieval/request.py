@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aidocks.checkpoints.layout import CONFIG_FILE, module_files, read_json_object
-from aidocks.checkpoints.space import require_space
 from aidocks.errors import IncompatibleModels
 from aidocks.models.manifest import Parent
 from aidocks.models.parents import describe_members, parent_units
@@ -36,6 +35,7 @@ from aidocks.retrieval.opening import AS_IT_IS, Choices, open_retriever
 from aidocks.retrieval.trainable import require_one_adapter
 from aidocks.specs.train_emb import EmbeddingTrainSpec
 from aidocks.specs.train_rerank import RerankerTrainSpec
+from aidocks.training.checkpoints import require_room
 from aidocks.training.data.hub import fetch_datasets
 from aidocks.training.data.rows import DataSource
 from aidocks.training.device import MeasureDevice, TrainingDevice
@@ -43,10 +43,7 @@ from aidocks.training.resuming import Resumed, find_checkpoint
 from aidocks.training.retriever import Retriever, RetrieverKind, RowKind
 from aidocks.training.shapes import ModelShape
 
-#: Room beside weights and checkpoints: rows, vectors, reports, logs.
-_BESIDE_BYTES = 256 << 20
 _CANDIDATES = RerankerTrainSpec.model_fields["candidates"].default
-_STATE_BYTES = 12  # of a trained parameter in a checkpoint: float32, and two moments
 
 
 @dataclass(frozen=True)
@@ -159,11 +156,13 @@ class RetrievalRequest:
 
     def require_space(self) -> None:
         """Raise InsufficientDisk when result and checkpoints would not fit."""
-        trained = self.shape.trained(self.adapter)
         stored = sum(path.stat().st_size for path in self.base.model.rglob("*.safetensors"))
-        whole = 0 if self.spec.makes_adapter else stored
-        kept = (self.spec.save_total_limit + 1) * _STATE_BYTES * trained
-        require_space(self.context.workspace, whole + 4 * trained + kept + _BESIDE_BYTES)
+        require_room(
+            self.context.workspace,
+            whole=0 if self.spec.makes_adapter else stored,
+            trained=self.shape.trained(self.adapter),
+            checkpoints=self.spec.save_total_limit,
+        )
 
     def check_data(self) -> None:
         """Look at the rows before any work: at all of them, or the first ones of many.

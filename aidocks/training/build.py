@@ -13,7 +13,7 @@ from aidocks.specs.train_llm import LLMTrainSpec
 from aidocks.specs.train_llm_result import TrainEstimate
 from aidocks.training.device import TrainingDevice, require_optimizer
 from aidocks.training.estimate import USABLE, WIDTHS, LLMSetup
-from aidocks.training.fitting import Fit, available_bytes, choose, deepspeed_config
+from aidocks.training.fitting import Fit, choose, deepspeed_config
 from aidocks.training.request import Found, Request
 from aidocks.training.resuming import Identity, require_same, require_steps_left
 from aidocks.training.run import (
@@ -25,6 +25,7 @@ from aidocks.training.run import (
 )
 from aidocks.training.subject import Subject
 from aidocks.training.unit import TrainModel
+from aidocks.training.workers import Workers
 
 
 class TrainingBuild:
@@ -48,7 +49,7 @@ class TrainingBuild:
         self.hyper: LLMHyperparameters = spec.hyperparameters(
             self._rows, gpus=found.device.cuda, longest=request.longest
         )
-        self.fit: Fit = choose(self._setup(), spec.deepspeed, self._available())
+        self.fit: Fit = choose(self._setup(), spec.deepspeed, self.workers.available)
         if request.resumed is not None:
             require_same(request.resumed, self.identity)
             require_steps_left(request.resumed, self.hyper.max_steps)
@@ -112,15 +113,14 @@ class TrainingBuild:
         a_row = summary.tokens / max(1, summary.train)
         if spec.method in ONLINE_METHODS:
             a_row += self.hyper.max_completion_length
-        return self.fit.estimate(self.found.device, self.cpus, self.steps, summary.tokens, examples * a_row)
+        return self.fit.estimate(
+            self.found.device, self.workers.cpus, self.steps, summary.tokens, examples * a_row
+        )
 
-    @property
-    def cpus(self) -> float:
-        """Cores of a worker."""
-        asked = self.request.spec.resources
-        if asked is not None and asked.cpus is not None:
-            return asked.cpus
-        return float(max(1, self.found.device.machine_cores // self.request.spec.workers))
+    @cached_property
+    def workers(self) -> Workers:
+        """Who trains."""
+        return Workers(self.request.spec, self.found.device)
 
     @property
     def output(self) -> Path:
@@ -132,17 +132,7 @@ class TrainingBuild:
     @property
     def unit(self) -> TrainModel:
         """The unit that trains."""
-        spec = self.request.spec
-        asked = spec.resources
-        gpus = asked.gpus if asked is not None and asked.gpus is not None else float(self.found.device.cuda)
-        return TrainModel(
-            training=self._training(),
-            members=spec.workers,
-            cpus_per_member=self.cpus,
-            gpus_per_member=gpus,
-            memory_per_member=self._reserved,
-            spread=spec.spread_over_nodes,
-        )
+        return self.workers.unit(self._training())
 
     def subject(self, moment: str) -> Subject:
         """Return the model that is measured before or after the training."""
@@ -195,15 +185,6 @@ class TrainingBuild:
             cuda=self.found.device.cuda,
             longest=self.found.data.summary.lengths.longest,
         )
-
-    @property
-    def _reserved(self) -> int | None:
-        asked = self.request.spec.resources
-        return int(asked.memory_gb * 1e9) if asked is not None and asked.memory_gb is not None else None
-
-    def _available(self) -> int:
-        spec = self.request.spec
-        return available_bytes(self.found.device, spec.workers, self._reserved, spec.spread_over_nodes)
 
 
 def _require_whole_step(spec: LLMTrainSpec, hyper: LLMHyperparameters, prompts: int) -> None:

@@ -12,7 +12,6 @@ from aidocks.checkpoints.dtypes import torch_name
 from aidocks.checkpoints.header import TensorEntry
 from aidocks.checkpoints.layout import CAUSAL_ENDINGS
 from aidocks.checkpoints.reader import Checkpoint
-from aidocks.checkpoints.space import require_space
 from aidocks.errors import IncompatibleModels, InvalidSpec
 from aidocks.merge.members import text_config
 from aidocks.models.manifest import Parent
@@ -21,6 +20,7 @@ from aidocks.models.tokenizer_files import choose_chat_template, read_template
 from aidocks.plan import PlanContext, Stage
 from aidocks.specs.train_llm import LLMTrainSpec
 from aidocks.specs.train_settings import ScannedLayers
+from aidocks.training.checkpoints import require_room
 from aidocks.training.data.hub import fetch_datasets
 from aidocks.training.data.prepare import Prepared, PrepareData
 from aidocks.training.data.rows import DataSource
@@ -33,11 +33,8 @@ from aidocks.training.shapes import ModelShape, shape_of
 
 #: What gives scores, as transformers calls it.
 _SCORING = "ForSequenceClassification"
-#: Room beside weights and checkpoints: rows, reports, logs.
-_BESIDE_BYTES = 256 << 20
 #: Tokens that are left for a prompt, at least.
 _SHORTEST_PROMPT = 8
-_STATE_BYTES = 12  # of a trained parameter in a checkpoint: float32, and two moments
 
 
 @dataclass(frozen=True)
@@ -154,10 +151,12 @@ class Request:
 
     def require_space(self) -> None:
         """Raise InsufficientDisk when result and checkpoints would not fit."""
-        trained = self.shape.trained(self.adapter)
-        whole = 0 if self.spec.makes_adapter else self.base.total_bytes
-        kept = (self.spec.save_total_limit + 1) * _STATE_BYTES * trained
-        require_space(self.context.workspace, whole + 4 * trained + kept + _BESIDE_BYTES)
+        require_room(
+            self.context.workspace,
+            whole=0 if self.spec.makes_adapter else self.base.total_bytes,
+            trained=self.shape.trained(self.adapter),
+            checkpoints=self.spec.save_total_limit,
+        )
 
     def check_data(self) -> None:
         """Look at the rows before any work: at all of them, or the first ones of many.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from aidocks.checkpoints.files import sync_directory, sync_file, unfinished, write_text
+from aidocks.checkpoints.files import write_text
 from aidocks.checkpoints.layout import ADAPTER_CONFIG_FILE, read_json_object
 from aidocks.retrieval.architecture import architecture_of
 from aidocks.retrieval.loading import network_of, stored_dtype
@@ -21,6 +21,7 @@ from aidocks.training.merging import ADAPTER_DIRECTORY
 from aidocks.training.retriever import EmbeddingTraining, RerankerTraining
 from train.retrieval.adapters import load_trained, prepare, trained_state, unload
 from train.retrieval.parts import load
+from train.saving import appearing_whole, files_in
 
 #: Texts, or queries and passages, of each side of the probe.
 _PROBED = 8
@@ -41,24 +42,13 @@ def save_result(trainer: Any, training: EmbeddingTraining | RerankerTraining) ->
     if not trainer.is_world_process_zero():
         return ()
     model = trainer.model.eval()
-    output = training.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = unfinished(output)
-    try:
-        exact = _exact(model, training)
-        queries, passages = trainer.train_dataset.some_texts(_PROBED)
-        probe = make_probe(exact, training.retriever.kind, queries, passages)
-        write_probe(probe, training.story.parent)
+    exact = _exact(model, training)
+    queries, passages = trainer.train_dataset.some_texts(_PROBED)
+    probe = make_probe(exact, training.retriever.kind, queries, passages)
+    write_probe(probe, training.story.parent)
+    with appearing_whole(training.output) as aside:
         _write(exact, training, aside)
-        for path in aside.rglob("*"):
-            if path.is_file():
-                sync_file(path)
-        shutil.rmtree(output, ignore_errors=True)
-        aside.rename(output)
-        sync_directory(output.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return tuple(sorted(path for path in output.rglob("*") if path.is_file()))
+    return files_in(training.output)
 
 
 def _exact(model: Any, training: EmbeddingTraining | RerankerTraining) -> Any:
