@@ -27,6 +27,8 @@ class AIDocksError(Exception):
     http_status: ClassVar[int] = 500
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
+    #: Seconds after which a retryable one is worth another try.
+    retry_after_s: ClassVar[int] = 1
 
     def __init__(
         self, message: str, *, field: str | None = None, value: Any = None, hint: str | None = None
@@ -282,6 +284,48 @@ class TooBusy(AIDocksError, RuntimeError):
     retryable = True
 
 
+class RateLimited(TooBusy):
+    """A key that asked more often than it may."""
+
+    code = "rate_limited"
+    title = "Too many requests"
+
+
+class QuotaExceeded(TooBusy):
+    """A key that already has as many unfinished jobs as it may have."""
+
+    code = "quota_exceeded"
+    title = "The key has too many unfinished jobs"
+    retry_after_s = 30
+
+
+class QueueFull(TooBusy):
+    """As many jobs wait as this installation lets wait, whoever submitted them."""
+
+    code = "queue_full"
+    title = "The queue is full"
+    http_status = 503
+    retry_after_s = 30
+
+
+class Unauthenticated(AIDocksError, PermissionError):
+    """A request without an API key, or with one that is unknown, expired or revoked."""
+
+    code = "unauthenticated"
+    title = "An API key is needed"
+    http_status = 401
+    exit_code = 11
+
+
+class NotPermitted(AIDocksError, PermissionError):
+    """An API key whose scopes do not cover the request."""
+
+    code = "not_permitted"
+    title = "The API key does not allow this"
+    http_status = 403
+    exit_code = 11
+
+
 class PortTaken(AIDocksError, OSError):
     """Another program listens on the port that the service would use."""
 
@@ -306,6 +350,14 @@ class WorkerLost(AIDocksError, RuntimeError):
     code = "worker_lost"
     title = "A worker died"
     retryable = True
+
+
+class TimedOut(AIDocksError, TimeoutError):
+    """A job that ran for longer than its submitter allowed."""
+
+    code = "timed_out"
+    title = "The job took too long"
+    exit_code = 7
 
 
 class JobFailed(AIDocksError, RuntimeError):

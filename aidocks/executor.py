@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from aidocks.plan import Unit, UnitContext, WorkerCache
 from aidocks.processes import ComputeProcesses, Divisible
+from aidocks.specs.resources import Resources
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,46 @@ class Outcome:
     worker: str
 
 
+@dataclass(frozen=True)
+class Claim:
+    """On whose behalf a unit asks for a worker, and what kind of worker it asks for.
+
+    Attributes:
+        job: Id of the job.
+        owner: Id of the API key that submitted it.
+        priority: Higher ones come first; among equals, whoever has the fewest workers.
+        resources: What the job's request says that each worker shall have; None: the pool's choice.
+    """
+
+    job: str = ""
+    owner: str = ""
+    priority: int = 0
+    resources: Resources | None = None
+
+
+NOBODY = Claim()
+
+
 class UnitPool(Protocol):
     """Runs units, at most :attr:`parallelism` at a time; further calls of :meth:`run` wait their turn."""
 
     @property
     def parallelism(self) -> int: ...
 
-    async def run(self, unit: Unit[Any], workspace: Path, started: Callable[[str], None]) -> Outcome:
+    async def run(
+        self,
+        unit: Unit[Any],
+        workspace: Path,
+        started: Callable[[str], None],
+        claim: Claim = NOBODY,
+    ) -> Outcome:
         """Run one unit. Cancelling this coroutine stops the unit as fast as the pool can.
 
         Args:
             unit: What to run.
             workspace: The job's directory.
             started: Called with the worker's name when the unit begins to run there.
+            claim: On whose behalf.
 
         Raises:
             WorkerLost: The worker died; the unit may be run again.
@@ -81,7 +109,13 @@ class InProcessPool:
         self._beside = asyncio.Semaphore(2)
         self._device: str | None = None
 
-    async def run(self, unit: Unit[Any], workspace: Path, started: Callable[[str], None]) -> Outcome:
+    async def run(
+        self,
+        unit: Unit[Any],
+        workspace: Path,
+        started: Callable[[str], None],
+        claim: Claim = NOBODY,
+    ) -> Outcome:
         """Run one unit in a daemon thread (the process may exit although native code still runs)."""
         async with self._turn if unit.computes else self._beside:
             started("local")

@@ -153,6 +153,11 @@ class Unit(BaseModel, ABC, Generic[UnitResultT]):
         return True
 
     @property
+    def memory(self) -> int | None:
+        """Bytes of main memory that its worker must have; None: it makes do with what any worker has."""
+        return None
+
+    @property
     def story(self) -> Path | None:
         """File in which it tells how it goes while it runs (``aidocks.telling``); None for a short one."""
         return None

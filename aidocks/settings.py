@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEFAULT_PORT = 8723
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 class Settings(BaseSettings):
@@ -32,6 +33,32 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         ("127.0.0.1", "localhost", "[::1]"),
         description="Host headers that the service answers to, separated by commas ('*' for any).",
+    )
+    access: Literal["auto", "open", "keys"] = Field(
+        "auto",
+        description="`keys`: every request needs an API key. `open`: none does, for a service behind something that "
+        "checks. `auto`: open on a loopback address, keys on any other.",
+    )
+    api_key: SecretStr | None = Field(
+        None, description="API key that clients and the command line send. Never handed to the service."
+    )
+    requests_per_minute: int = Field(
+        600,
+        ge=0,
+        description="Requests a minute of each API key that has no limit of its own; 0: any number.",
+    )
+    max_queued_jobs: int = Field(1000, ge=1, description="Jobs that may wait, whoever submitted them.")
+    max_jobs_per_key: int = Field(
+        100, ge=1, description="Unfinished jobs of each API key that has no limit of its own."
+    )
+    jobs_at_once: int = Field(4, ge=1, description="Jobs that run at the same time and share the workers.")
+    storage_url: str | None = Field(
+        None,
+        description="Where registry, data sets and workspaces are shared by nodes that share no file system: a URL "
+        "that fsspec knows, such as `s3://bucket/prefix`. Default: the data directory, which all nodes see.",
+    )
+    worker_silence_s: float = Field(
+        30.0, ge=5, description="Seconds after which a worker that gives no sign of life is replaced."
     )
     workers: int | None = Field(
         None, ge=1, description="Workers of the embedded cluster. Default: one per GPU, or one per core."
@@ -93,6 +120,23 @@ class Settings(BaseSettings):
             raise ValueError("more than one GPU can only be taken whole: a part of one, or 1, 2, …")
         return gpus
 
+    def environment(self) -> dict[str, str]:
+        """Return the ``AIDOCKS_*`` variables from which another process of the installation reads the same settings.
+
+        Without the API key, which belongs to whoever calls the service.
+        """
+        values = {name: getattr(self, name) for name in type(self).model_fields if name != "api_key"}
+        return {
+            f"AIDOCKS_{name.upper()}": _as_text(value)
+            for name, value in values.items()
+            if value is not None and value != () and value != frozenset()
+        }
+
+    @property
+    def open_to_all(self) -> bool:
+        """Whether requests need no API key."""
+        return self.access == "open" or (self.access == "auto" and self.host in LOOPBACK)
+
     @property
     def service_url(self) -> str:
         return (self.url or f"http://{self.host}:{self.port}").rstrip("/")
@@ -139,3 +183,10 @@ class Settings(BaseSettings):
     @property
     def log_dir(self) -> Path:
         return self.home / "logs"
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, (tuple, frozenset)):
+        parts = list(value) if isinstance(value, tuple) else sorted(value)
+        return (os.pathsep if isinstance(parts[0], Path) else ",").join(map(str, parts))
+    return str(value)

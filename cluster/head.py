@@ -182,27 +182,10 @@ def client_environment(settings: Settings, ports: Ports) -> dict[str, str]:
 
 def settings_environment(settings: Settings) -> dict[str, str]:
     """Return the ``AIDOCKS_*`` variables from which a service process reads the same settings."""
-    values = {
-        "AIDOCKS_HOME": str(settings.home),
-        "AIDOCKS_HOST": settings.host,
-        "AIDOCKS_PORT": str(settings.port),
-        "AIDOCKS_DATABASE_URL": settings.database_url,
-        "AIDOCKS_ALLOWED_ROOTS": os.pathsep.join(map(str, settings.allowed_roots)),
-        "AIDOCKS_ALLOWED_HOSTS": ",".join(settings.allowed_hosts),
-        "AIDOCKS_WORKERS": None if settings.workers is None else str(settings.workers),
-        "AIDOCKS_URL": settings.url,
-        "AIDOCKS_CHECKPOINT_RETENTION_DAYS": str(settings.checkpoint_retention_days),
-        "AIDOCKS_MAX_UPLOAD_BYTES": str(settings.max_upload_bytes),
-        "AIDOCKS_MAX_DATASETS_BYTES": str(settings.max_datasets_bytes),
-        "AIDOCKS_REMOTE_CODE_MODELS": ",".join(sorted(settings.remote_code_models)),
-        "AIDOCKS_SERVING_REPLICAS": str(settings.serving_replicas),
-        "AIDOCKS_SERVING_GPUS": str(settings.serving_gpus),
-        "AIDOCKS_SERVING_MEMORY_BYTES": str(settings.serving_memory_bytes),
-        "AIDOCKS_SERVING_IDLE_S": str(settings.serving_idle_s),
-    }
+    values = settings.environment()
     if settings.workers is None and not _has_gpu():
         values["AIDOCKS_WORKERS"] = str(os.cpu_count() or 1)
-    return {name: value for name, value in values.items() if value}
+    return values
 
 
 def _proxy_environment(settings: Settings, ports: Ports, directory: Path) -> dict[str, str]:

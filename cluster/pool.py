@@ -27,7 +27,7 @@ from ray.exceptions import (
 )
 
 from aidocks.errors import WorkerLost
-from aidocks.executor import Outcome
+from aidocks.executor import NOBODY, Claim, Outcome
 from aidocks.plan import GangUnit, Unit
 from cluster import gang as gangs
 from cluster.worker import Worker
@@ -97,7 +97,13 @@ class RayPool:
         self._idle_release_s = idle_release_s
         self._swept = 0.0
 
-    async def run(self, unit: Unit[Any], workspace: Path, started: Callable[[str], None]) -> Outcome:
+    async def run(
+        self,
+        unit: Unit[Any],
+        workspace: Path,
+        started: Callable[[str], None],
+        claim: Claim = NOBODY,
+    ) -> Outcome:
         """Run one unit on an idle worker, or on a gang. Cancelling kills it: nothing less stops native code."""
         if isinstance(unit, GangUnit):
             return await self._run_gang(unit, workspace, started)

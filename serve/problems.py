@@ -107,7 +107,9 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AIDocksError)
     if error.http_status >= 500:
         log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
-    return problem_answer(request.scope, error, {"Retry-After": "1"} if _passes(error) else None)
+    return problem_answer(
+        request.scope, error, {"Retry-After": str(error.retry_after_s)} if _passes(error) else None
+    )
 
 
 def _passes(error: AIDocksError) -> bool:

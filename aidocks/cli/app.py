@@ -16,7 +16,7 @@ from aidocks.cli.output import manner
 EPILOG = """\
 [bold]Exit codes[/]: 0 done, 1 our fault, 2 usage, 3 the request is not valid, 4 not found, 5 conflict, \
 6 no service, 7 the job failed, 8 no disk space, 9 the job was cancelled, \
-10 a part is not installed, 130 Ctrl-C."""
+10 a part is not installed, 11 no (or the wrong) API key, 130 Ctrl-C."""
 
 app = typer.Typer(
     cls=DockGroup,

@@ -18,7 +18,9 @@ from pydantic import BaseModel
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from aidocks.errors import AIDocksError, LeaseLost
+from aidocks.executor import Claim
 from aidocks.jobs.model import EventType, Job, Status
+from aidocks.jobs.observer import Unobserved
 from aidocks.jobs.stages import StageRun, UnitLog
 from aidocks.jobs.submit import plan_context
 from aidocks.operations import find_operation
@@ -26,6 +28,7 @@ from aidocks.plan import PlanContext, Stage
 
 if TYPE_CHECKING:
     from aidocks.executor import UnitPool
+    from aidocks.jobs.observer import Observer
     from aidocks.jobs.store import JobStore
     from aidocks.settings import Settings
 
@@ -38,7 +41,14 @@ class _Cancelled(Exception):
     """The job's cancel flag was seen."""
 
 
-async def run_job(job: Job, store: JobStore, settings: Settings, pool: UnitPool, token: int) -> Job:
+async def run_job(
+    job: Job,
+    store: JobStore,
+    settings: Settings,
+    pool: UnitPool,
+    token: int,
+    observer: Observer | None = None,
+) -> Job:
     """Run a job to its end, whatever that end is.
 
     Args:
@@ -47,6 +57,7 @@ async def run_job(job: Job, store: JobStore, settings: Settings, pool: UnitPool,
         settings: Of the installation.
         pool: Where its units run.
         token: The executor's fencing token.
+        observer: Who is told of the work. Default: nobody.
 
     Returns:
         The job as it ended: succeeded, failed or cancelled.
@@ -56,7 +67,15 @@ async def run_job(job: Job, store: JobStore, settings: Settings, pool: UnitPool,
         OperationalError: The job store cannot be reached. The job is still running and can be claimed again.
         asyncio.CancelledError: The caller was cancelled; the job is still running and can be claimed again.
     """
-    run = _JobRun(job, store, settings, pool, token)
+    observer = observer or Unobserved()
+    run = _JobRun(job, store, settings, pool, token, observer)
+    observer.job_began(job)
+    ended = await _run_to_end(run, job)
+    observer.job_ended(ended)
+    return ended
+
+
+async def _run_to_end(run: _JobRun, job: Job) -> Job:
     try:
         result = (await run.to_result()).model_dump(mode="json")
     except _Cancelled:
@@ -76,7 +95,16 @@ async def run_job(job: Job, store: JobStore, settings: Settings, pool: UnitPool,
 class _JobRun:
     """One attempt at one job."""
 
-    def __init__(self, job: Job, store: JobStore, settings: Settings, pool: UnitPool, token: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        store: JobStore,
+        settings: Settings,
+        pool: UnitPool,
+        token: int,
+        observer: Observer,
+    ) -> None:
+        self._observer = observer
         self._job = job
         self._store = store
         self._settings = settings
@@ -118,15 +146,20 @@ class _JobRun:
         if self._job.attempt <= 1:
             # Later attempts would find fault with what the first one has made.
             await asyncio.to_thread(operation.preflight, spec, context)
-        log = UnitLog(self._store, self._job, self._token, journal)
+        log = UnitLog(self._store, self._job, self._token, journal, self._observer)
+        claim = Claim(self._job.id, self._job.owner, self._job.priority, getattr(spec, "resources", None))
         plan = operation.plan(spec, context)
         try:
-            return await self._step_through(plan, context, log)
+            return await self._step_through(plan, context, log, claim)
         finally:
             await asyncio.to_thread(plan.close)
 
     async def _step_through(
-        self, plan: Generator[Stage, list[Any], BaseModel], context: PlanContext, log: UnitLog
+        self,
+        plan: Generator[Stage, list[Any], BaseModel],
+        context: PlanContext,
+        log: UnitLog,
+        claim: Claim,
     ) -> BaseModel:
         results: list[Any] | None = None
         number = 0
@@ -136,7 +169,7 @@ class _JobRun:
                 await log.flush()
                 return stage.result
             number += 1
-            results = await StageRun(stage, number, context, self._pool, log).to_results()
+            results = await StageRun(stage, number, context, self._pool, log, claim).to_results()
 
     async def _announce(self, units_done: int) -> None:
         if self._job.attempt <= 1:

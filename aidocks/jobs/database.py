@@ -26,14 +26,17 @@ from sqlalchemy import (
     create_engine,
     event,
     insert,
+    inspect,
     make_url,
     select,
     text,
+    update,
 )
+from sqlalchemy.schema import CreateColumn
 
 from aidocks.errors import Conflict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_MS = 30_000
 
 metadata = MetaData()
@@ -57,6 +60,11 @@ jobs = Table(
     Column("error", _json),
     Column("attempt", Integer, nullable=False, default=0),
     Column("cancel_requested", Boolean, nullable=False, default=False),
+    Column("owner", String(64), nullable=False, server_default="local"),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("timeout_s", Float(53)),
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("not_before", Float(53)),
     Column("token", BigInteger, nullable=False, default=0),
     Column("last_sequence", Integer, nullable=False, default=0),
     Column("idempotency_key", String(255)),
@@ -75,7 +83,9 @@ Index(
     sqlite_where=_unfinished,
     postgresql_where=_unfinished,
 )
-Index("one_job_per_idempotency_key", jobs.c.operation, jobs.c.idempotency_key, unique=True)
+# What one key's holder calls a request says nothing of another's.
+Index("one_job_per_key", jobs.c.owner, jobs.c.operation, jobs.c.idempotency_key, unique=True)
+Index("jobs_by_owner", jobs.c.owner, jobs.c.status)
 
 events = Table(
     "events",
@@ -110,6 +120,43 @@ leases = Table(
     Column("expires", Float(53), nullable=False),
 )
 
+#: API keys; of their secrets only a hash.
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("name", String(128), nullable=False),
+    Column("salt", String(64), nullable=False),
+    Column("hash", String(128), nullable=False),
+    Column("scopes", _json, nullable=False),
+    Column("limits", _json, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("expires_at", Float(53)),
+    Column("revoked_at", Float(53)),
+    Column("last_used_at", Float(53)),
+)
+
+#: Who did what; rows are only ever added, and removed by age.
+audit = Table(
+    "audit",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("time", Float(53), nullable=False),
+    Column("owner", String(64), nullable=False),
+    Column("action", String(128), nullable=False),
+    Column("object", Text),
+    Column("status", Integer),
+    Column("address", String(64)),
+    Column("request_id", String(128)),
+)
+Index("audit_by_time", audit.c.time)
+
+#: What older stores lack, by the version that they have.
+_ADDED: dict[int, tuple[Column[Any], ...]] = {
+    1: (jobs.c.owner, jobs.c.priority, jobs.c.timeout_s, jobs.c.failures, jobs.c.not_before)
+}
+_DROPPED: dict[int, tuple[str, ...]] = {1: ("one_job_per_idempotency_key",)}
+
 
 class Database:
     """Transactions of three kinds: reading, durable writing, and writing that a power cut may undo.
@@ -140,16 +187,38 @@ class Database:
         with self.durable() as connection:
             if not self.sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(872300)"))
+            self._migrate(connection)
             metadata.create_all(connection)
-            version = connection.scalar(select(meta.c.value).where(meta.c.key == "schema_version"))
-            if version is None:
-                rows = [{"key": "schema_version", "value": SCHEMA_VERSION}, {"key": "last_token", "value": 0}]
-                connection.execute(insert(meta), rows)
-            elif version != SCHEMA_VERSION:
-                raise Conflict(
-                    f"The job store has schema version {version}; this AIDocks reads {SCHEMA_VERSION}.",
-                    hint="Use the AIDocks version that wrote it, or another AIDOCKS_DATABASE_URL.",
-                )
+
+    def _migrate(self, connection: Connection) -> None:
+        """Bring the tables of an older store to this version; a new one has none yet.
+
+        Raises:
+            Conflict: A newer AIDocks wrote it.
+        """
+        known = inspect(connection).has_table(meta.name)
+        version = (
+            connection.scalar(select(meta.c.value).where(meta.c.key == "schema_version")) if known else None
+        )
+        if version is None:
+            meta.create(connection, checkfirst=True)
+            rows = [{"key": "schema_version", "value": SCHEMA_VERSION}, {"key": "last_token", "value": 0}]
+            connection.execute(insert(meta), rows)
+            return
+        if version > SCHEMA_VERSION:
+            raise Conflict(
+                f"The job store has schema version {version}; this AIDocks reads up to {SCHEMA_VERSION}.",
+                hint="Use the AIDocks version that wrote it, or another AIDOCKS_DATABASE_URL.",
+            )
+        for older in range(int(version), SCHEMA_VERSION):
+            for name in _DROPPED[older]:
+                connection.execute(text(f"DROP INDEX IF EXISTS {name}"))
+            for column in _ADDED[older]:
+                ddl = CreateColumn(column).compile(dialect=connection.dialect)
+                connection.execute(text(f"ALTER TABLE {column.table.name} ADD COLUMN {ddl}"))
+            for index in {index for column in _ADDED[older] for index in column.table.indexes}:
+                index.create(connection, checkfirst=True)
+        connection.execute(update(meta).where(meta.c.key == "schema_version").values(value=SCHEMA_VERSION))
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

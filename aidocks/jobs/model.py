@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from aidocks.jobs.terms import LOCAL
+
 
 class Status(StrEnum):
     """The public status of a job."""
@@ -61,6 +63,13 @@ class Job(BaseModel):
     operation: str
     status: Status
     place: Place = "service"
+    owner: str = Field(
+        LOCAL, description="Id of the API key that submitted it; `local` where none was needed."
+    )
+    priority: int = Field(0, description="Jobs of a higher priority get the workers first.")
+    timeout_s: float | None = Field(
+        None, description="Seconds after its start at which it is ended as failed."
+    )
     spec: dict[str, Any]
     output_name: str | None = Field(None, description="Registry name that the job creates.")
     progress: Progress | None = None

@@ -19,7 +19,8 @@ from aidocks.plan import GangUnit, PlanContext, Stage, Unit
 from aidocks.telling import StoryReader, Told
 
 if TYPE_CHECKING:
-    from aidocks.executor import Outcome, UnitPool
+    from aidocks.executor import Claim, Outcome, UnitPool
+    from aidocks.jobs.observer import Observer
     from aidocks.jobs.rows import UnitRecord
     from aidocks.jobs.store import JobStore
 
@@ -31,13 +32,16 @@ WORKER_LOSSES = 3
 
 
 class UnitLog:
-    """What one attempt at a job reads from and writes to the store about units."""
+    """What one attempt at a job reads from and writes to the store about units, and tells its observer."""
 
-    def __init__(self, store: JobStore, job: Job, token: int, journal: dict[str, UnitRecord]) -> None:
+    def __init__(
+        self, store: JobStore, job: Job, token: int, journal: dict[str, UnitRecord], observer: Observer
+    ) -> None:
         self._store = store
         self._job = job
         self._token = token
         self._journal = journal
+        self._observer = observer
         self._unsaid: Progress | None = None
         self._said_at = 0.0
 
@@ -71,6 +75,23 @@ class UnitLog:
             outcome.worker,
             token=self._token,
         )
+        self._observer.unit_ended(self._job, stage, unit, outcome)
+
+    async def lost(self, unit: Unit[Any], unit_id: str, error: WorkerLost) -> None:
+        """Tell that a worker died while it ran a unit."""
+        self._observer.worker_lost(self._job, unit, error.message)
+        await self.append(
+            EventType.WORKER_LOST,
+            worker=error.value,
+            unit_id=unit_id,
+            label=unit.label,
+            reason=error.message,
+        )
+
+    async def figures(self, unit: Unit[Any], unit_id: str, figures: dict[str, Any]) -> None:
+        """Tell figures of a unit under way."""
+        self._observer.told(self._job, unit, figures)
+        await self.append(EventType.METRICS, **{"unit_id": unit_id, **figures})
 
     def recall(self, unit: Unit[Any], unit_id: str, context: PlanContext) -> BaseModel | None:
         """Return the journalled result of a unit, if its files are still what it wrote."""
@@ -99,7 +120,10 @@ class UnitLog:
 class StageRun:
     """The units of one stage on their way through a pool."""
 
-    def __init__(self, stage: Stage, number: int, context: PlanContext, pool: UnitPool, log: UnitLog) -> None:
+    def __init__(
+        self, stage: Stage, number: int, context: PlanContext, pool: UnitPool, log: UnitLog, claim: Claim
+    ) -> None:
+        self._claim = claim
         self._stage = stage
         self._number = number
         self._context = context
@@ -167,13 +191,7 @@ class StageRun:
             except WorkerLost as error:
                 if isinstance(unit, GangUnit):
                     raise  # it has told of each death, and was begun anew as often as it may be
-                await self._log.append(
-                    EventType.WORKER_LOST,
-                    worker=error.value,
-                    unit_id=unit_id,
-                    label=unit.label,
-                    reason=error.message,
-                )
+                await self._log.lost(unit, unit_id, error)
                 if losses > WORKER_LOSSES:
                     raise WorkerLost(
                         f"{unit.label}: {losses} workers died while they ran this unit. {error.message}",
@@ -199,7 +217,7 @@ class StageRun:
 
         try:
             async with self._told(unit, unit_id):
-                return await self._pool.run(unit, self._context.workspace, started)
+                return await self._pool.run(unit, self._context.workspace, started, self._claim)
         except WorkerLost:
             raise
         except Exception:
@@ -224,7 +242,7 @@ class StageRun:
             while True:
                 last = ended.is_set()
                 lines = await asyncio.to_thread(reader.read)
-                await self._retell(lines, unit_id)
+                await self._retell(lines, unit, unit_id)
                 if lines:
                     # Whoever takes the job over tells the rest: rather a line twice than never.
                     await asyncio.to_thread(reader.keep_place)
@@ -244,12 +262,12 @@ class StageRun:
             with suppress(asyncio.CancelledError):
                 await following
 
-    async def _retell(self, lines: list[Told], unit_id: str) -> None:
+    async def _retell(self, lines: list[Told], unit: Unit[Any], unit_id: str) -> None:
         for told in lines:
             if told.kind == "message" and told.text:
                 await self._log.append(EventType.MESSAGE, **{"text": told.text, **told.data})
             elif told.kind == "metrics":
-                await self._log.append(EventType.METRICS, **{"unit_id": unit_id, **told.data})
+                await self._log.figures(unit, unit_id, told.data)
             elif told.fraction is not None:
                 self._pace.tell(unit_id, told.fraction)
         steps = [told for told in lines if told.kind == "progress"]

@@ -10,7 +10,8 @@ from pydantic import AliasChoices, Field, StringConstraints, field_validator
 from aidocks.errors import InvalidSpec
 from aidocks.specs.base import PublishableSpec
 from aidocks.specs.laser import Listed
-from aidocks.specs.train_settings import DeepSpeed, Optimizer, Resources, Schedule, Tracker
+from aidocks.specs.resources import Resources
+from aidocks.specs.train_settings import DeepSpeed, Optimizer, Schedule, Tracker
 from aidocks.training.run import Precision
 
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", max_length=200)]

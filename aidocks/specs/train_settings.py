@@ -11,7 +11,6 @@ from pydantic import (
     Field,
     GetJsonSchemaHandler,
     JsonValue,
-    field_validator,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -91,25 +90,6 @@ class RewardSpec(RewardRule):
     def resolved(self, model: Path | None = None) -> Reward:
         """Return the reward as the trainer reads it, with the directory of its model."""
         return Reward(**self.model_dump(exclude={"model"}), model=model)
-
-
-class Resources(Spec):
-    """What each worker gets."""
-
-    cpus: float | None = Field(
-        None, gt=0, le=1024, description="Cores. Default: all of the machine's, shared."
-    )
-    gpus: float | None = Field(
-        None, ge=0, le=8, description="GPUs. Default: one where the cluster has them.", examples=[1]
-    )
-    memory_gb: float | None = Field(None, gt=0, le=65536, description="Memory that is reserved, in GB.")
-
-    @field_validator("gpus")
-    @classmethod
-    def _whole(cls, gpus: float | None) -> float | None:
-        if gpus is not None and gpus > 1:
-            raise ValueError("a worker drives one GPU; ask for more `workers` to use more GPUs")
-        return gpus
 
 
 class ScannedLayers(Spec):

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from aidocks.errors import LeaseLost, WorkerLost
-from aidocks.executor import InProcessPool, Outcome
+from aidocks.executor import Claim, InProcessPool, Outcome
 from aidocks.jobs.model import EventType, Job, Status
 from aidocks.jobs.runner import run_job
 from aidocks.jobs.store import JobStore
@@ -30,7 +30,9 @@ class FakePool:
         self.active = self.most_active = 0
         self.never = asyncio.Event()
 
-    async def run(self, unit: Unit[Any], workspace: Path, started: Callable[[str], None]) -> Outcome:
+    async def run(
+        self, unit: Unit[Any], workspace: Path, started: Callable[[str], None], claim: Claim
+    ) -> Outcome:
         started("worker-1")
         self.active += 1
         self.most_active = max(self.most_active, self.active)

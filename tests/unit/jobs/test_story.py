@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from aidocks.checkpoints.files import OutputFile
 from aidocks.errors import InvalidSpec, WorkerLost
-from aidocks.executor import Outcome
+from aidocks.executor import NOBODY, Claim, Outcome
 from aidocks.jobs import stages
 from aidocks.jobs.model import EventType, Progress
 from aidocks.jobs.stages import StageRun
@@ -104,6 +104,12 @@ class Notes:
     async def record(self, stage: str, unit: Unit[Any], unit_id: str, outcome: Outcome) -> None:
         self.lines.append(("unit_finished", unit.label))
 
+    async def figures(self, unit: Unit[Any], unit_id: str, figures: dict[str, Any]) -> None:
+        await self.append(EventType.METRICS, **{"unit_id": unit_id, **figures})
+
+    async def lost(self, unit: Unit[Any], unit_id: str, error: WorkerLost) -> None:
+        await self.append(EventType.WORKER_LOST, reason=error.message)
+
     def recall(self, *_: Any) -> None:
         return None
 
@@ -120,7 +126,9 @@ class Pool:
         self.play = play
         self.notes = Notes()
 
-    async def run(self, unit: Unit[Any], workspace: Path, started: Callable[[str], None]) -> Outcome:
+    async def run(
+        self, unit: Unit[Any], workspace: Path, started: Callable[[str], None], claim: Claim
+    ) -> Outcome:
         started("w")
         await self.play(unit, self.notes)
         return Outcome(Nothing(), 0.0, "w")
@@ -132,7 +140,7 @@ class Pool:
 def run(settings: Settings, play: Callable[[Unit[Any], Notes], Any], *units: Unit[Any]) -> Notes:
     pool = Pool(play)
     stage = Stage("s", units)
-    work = StageRun(stage, 1, plan_context(settings, "job-1"), pool, pool.notes)  # type: ignore[arg-type]
+    work = StageRun(stage, 1, plan_context(settings, "job-1"), pool, pool.notes, NOBODY)  # type: ignore[arg-type]
     asyncio.run(work.to_results())
     return pool.notes
 
@@ -222,7 +230,9 @@ def test_the_last_words_of_a_unit_that_fails_are_heard(settings: Settings, tmp_p
         raise InvalidSpec("it cannot be")
 
     pool = Pool(play)
-    stage = StageRun(Stage("s", (Tale(path=story),)), 1, plan_context(settings, "job-1"), pool, pool.notes)  # type: ignore[arg-type]
+    stage = StageRun(
+        Stage("s", (Tale(path=story),)), 1, plan_context(settings, "job-1"), pool, pool.notes, NOBODY
+    )  # type: ignore[arg-type]
     with pytest.raises(InvalidSpec):
         asyncio.run(stage.to_results())
     assert pool.notes.of("message") == [("message", {"text": "the loss is no number"})]
@@ -236,7 +246,9 @@ def test_a_gang_that_gave_up_is_not_begun_again(settings: Settings) -> None:
         raise WorkerLost("they died too often", value="gang-1")
 
     pool = Pool(play)
-    stage = StageRun(Stage("s", (TaleOfMany(),)), 1, plan_context(settings, "job-1"), pool, pool.notes)  # type: ignore[arg-type]
+    stage = StageRun(
+        Stage("s", (TaleOfMany(),)), 1, plan_context(settings, "job-1"), pool, pool.notes, NOBODY
+    )  # type: ignore[arg-type]
     with pytest.raises(WorkerLost, match="too often"):
         asyncio.run(stage.to_results())
     assert len(runs) == 1
