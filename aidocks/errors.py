@@ -40,7 +40,8 @@ class AIDocksError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.field, self.value, self.hint)
+        named = {"field": self.field, "value": self.value, "hint": self.hint}
+        return _rebuild, (type(self), self.message, named)
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
@@ -65,16 +66,8 @@ class AIDocksError(Exception):
         return details
 
 
-def _rebuild(
-    kind: type[AIDocksError],
-    message: str,
-    field: str | None,
-    value: Any,
-    hint: str | None,
-    errors: Sequence[Mapping[str, Any]] = (),
-) -> AIDocksError:
-    more: dict[str, Any] = {"errors": errors} if errors else {}
-    return kind(message, field=field, value=value, hint=hint, **more)
+def _rebuild(kind: type[AIDocksError], message: str, named: Mapping[str, Any]) -> AIDocksError:
+    return kind(message, **named)
 
 
 class InvalidSpec(AIDocksError, ValueError):
@@ -103,7 +96,8 @@ class InvalidSpec(AIDocksError, ValueError):
         self.errors = tuple(dict(error) for error in errors)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.field, self.value, self.hint, self.errors)
+        rebuild, (kind, message, named) = super().__reduce__()
+        return rebuild, (kind, message, named | {"errors": self.errors})
 
     def problem(self, instance: str | None = None) -> dict[str, Any]:
         details = super().problem(instance)
@@ -387,10 +381,18 @@ class MissingExtra(AIDocksError, ImportError):
 
 
 class HubRefused(AIDocksError, RuntimeError):
-    """The model hub refused or cannot be reached (token, gated licence, network)."""
+    """The model hub refused (token, gated licence, name); it will until somebody changes that."""
 
     code = "hub_refused"
     title = "The model hub refused"
     http_status = 502
     exit_code = 6
+
+
+class HubUnavailable(HubRefused):
+    """The model hub cannot be reached, has too much to do, or failed; that passes."""
+
+    code = "hub_unavailable"
+    title = "The model hub does not answer"
     retryable = True
+    retry_after_s = 30

@@ -15,9 +15,11 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
+from aidocks.log import about
 from aidocks.plan import Unit, UnitContext, WorkerCache
 from aidocks.processes import ComputeProcesses, Divisible
 from aidocks.specs.resources import Resources
+from aidocks.storage.units import run_shared
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ class InProcessPool:
             return run_unit(unit, UnitContext(workspace, stopping=stopping), "local")
         if self._processes is not None and isinstance(unit, Divisible) and self._processes.device == "cpu":
             begin = time.perf_counter()
-            result = self._processes.run(unit, workspace)
+            processes = self._processes
+            result = run_shared(unit, workspace, lambda: processes.run(unit, workspace))
             return Outcome(result, time.perf_counter() - begin, "local")
         self._end_processes()
         if self._device is None:
@@ -153,9 +156,13 @@ class InProcessPool:
 
 
 def run_unit(unit: Unit[Any], context: UnitContext, worker: str) -> Outcome:
-    """Run a unit here and now, and give memory that it no longer uses back to the system."""
+    """Run a unit here and now, and give memory that it no longer uses back to the system.
+
+    Where nodes share no file system, what it needs is brought before, and what it wrote is kept after.
+    """
     begin = time.perf_counter()
-    result = unit.run(context)
+    with about(context.workspace.name, unit.label):
+        result = run_shared(unit, context.workspace, lambda: unit.run(context))
     seconds = time.perf_counter() - begin
     if unit.computes:
         _trim_memory()

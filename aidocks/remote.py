@@ -23,6 +23,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from aidocks._version import __version__
 from aidocks.errors import AIDocksError, JobCancelled, JobFailed, NotFound, ServiceUnreachable
 from aidocks.operations import OPERATIONS, find_operation
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 SUPERVISOR = "aidocks-supervisor"
 NAMESPACE = "aidocks"
 POLL_S = 0.5
+#: A sliver of a resource that the cluster's head has and no other node.
+ON_THE_HEAD = {"node:__internal_head__": 0.001}
 
 
 class SupervisorActor:
@@ -51,8 +54,13 @@ class SupervisorActor:
     ) -> None:
         from aidocks.settings import Settings
 
+        self._origin = origin(Settings(**settings))
         module, _, name = implementation.partition(":")
         self._implementation = getattr(import_module(module), name)(Settings(**settings))
+
+    def origin(self) -> dict[str, Any]:
+        """Return version and settings, by which a deployment tells whether this is what it would make."""
+        return self._origin
 
     def wake(self) -> None:
         """Look for new jobs now rather than at the next poll."""
@@ -63,10 +71,15 @@ class SupervisorActor:
         return dict(self._implementation.ping())
 
     def submit(
-        self, operation: str, spec: dict[str, Any], idempotency_key: str | None = None
+        self,
+        operation: str,
+        spec: dict[str, Any],
+        idempotency_key: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> dict[str, Any]:
         """Submit a job and return it as JSON."""
-        return dict(self._implementation.submit(operation, spec, idempotency_key))
+        return dict(self._implementation.submit(operation, spec, idempotency_key, priority, timeout_s))
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Return a job as JSON."""
@@ -77,22 +90,48 @@ class SupervisorActor:
         return dict(self._implementation.cancel(job_id))
 
 
-def connect(settings: Settings | None = None) -> None:
-    """Connect this process, as a Ray driver, to the service of this machine.
+def connect(settings: Settings | None = None, *, address: str | None = None) -> None:
+    """Connect this process, as a Ray driver, to the service's cluster.
+
+    Which one it is: ``address``; without it the cluster of the service that ``aidocks up`` has started or deployed from
+    this data directory; without that ``RAY_ADDRESS``, as everywhere in Ray. A cluster asks for its token
+    (``RAY_AUTH_MODE=token`` and ``RAY_AUTH_TOKEN_PATH``); to ours that comes along.
 
     Call it before anything else imports ray: Ray reads its environment when it is imported.
 
+    Args:
+        settings: Of the installation.
+        address: ``ray://host:10001`` from outside of a cluster, ``auto`` or ``host:6379`` on one of its nodes.
+
     Raises:
-        ServiceUnreachable: No service of this data directory runs here.
+        ServiceUnreachable: There is no cluster, or it does not answer, or not to this token.
     """
+    if address is None:
+        address = _address_at_hand(settings)
+    import ray
+
+    try:
+        ray.init(address, namespace=NAMESPACE, log_to_driver=False, ignore_reinit_error=True)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise ServiceUnreachable(
+            f"The cluster does not answer at {address}: {str(error).strip().splitlines()[0]}",
+            hint="Is it up, and is this its token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)?",
+        ) from error
+
+
+def _address_at_hand(settings: Settings | None) -> str:
+    """Return the address of this installation's own cluster, of which the environment is taken over, or Ray's."""
     from aidocks.settings import Settings
 
     settings = settings or Settings()
     try:
         environment: dict[str, str] = json.loads(settings.state_file.read_text())["environment"]
     except (OSError, ValueError, KeyError):
+        if address := os.environ.get("RAY_ADDRESS"):
+            return address
         raise ServiceUnreachable(
-            f"No service of {settings.home} is running on this machine.", hint="Start it: aidocks up."
+            f"No service of {settings.home} is running on this machine.",
+            hint="Start it (aidocks up), or name its cluster: RAY_ADDRESS=ray://host:10001.",
         ) from None
     late = [name for name in environment if "ADDRESS" not in name and name not in os.environ]
     if late and "ray" in sys.modules:
@@ -101,15 +140,7 @@ def connect(settings: Settings | None = None) -> None:
             hint='Call remote.connect() before "import ray", or set them before: eval "$(aidocks env)".',
         )
     os.environ.update(environment)
-    import ray
-
-    try:
-        ray.init(namespace=NAMESPACE, log_to_driver=False, ignore_reinit_error=True)
-    except ConnectionError as error:
-        raise ServiceUnreachable(
-            f"The service of {settings.home} does not answer at {environment.get('RAY_ADDRESS')}.",
-            hint="Start it again: aidocks up.",
-        ) from error
+    return environment["RAY_ADDRESS"]
 
 
 def supervisor() -> Any:
@@ -129,6 +160,16 @@ def supervisor() -> Any:
         ) from error
 
 
+def beside_the_store(settings: Settings) -> dict[str, float]:
+    """Return the resources that keep an actor where the job store can be opened: SQLite's file on the head alone."""
+    return dict(ON_THE_HEAD) if settings.store_url.startswith("sqlite") else {}
+
+
+def origin(settings: Settings) -> dict[str, Any]:
+    """Return what makes one supervisor another than the next: the version, and the settings as plain data."""
+    return {"version": __version__, "settings": settings.model_dump(mode="json", exclude={"api_key"})}
+
+
 def ensure_supervisor(settings: Settings) -> Any:
     """Return the handle of the cluster's supervisor, which is made when there is none.
 
@@ -146,13 +187,28 @@ def ensure_supervisor(settings: Settings) -> Any:
         "max_task_retries": -1,
         "max_concurrency": 16,
         "num_cpus": 0,
+        "resources": beside_the_store(settings),
     }
     actor = ray.remote(SupervisorActor).options(**options)
-    return actor.remote(settings.model_dump(mode="json"))
+    return actor.remote(settings.model_dump(mode="json", exclude={"api_key"}))
 
 
-def run_operation(operation: str, spec: Mapping[str, Any], idempotency_key: str | None) -> OperationResult:
+def run_operation(
+    operation: str,
+    spec: Mapping[str, Any],
+    idempotency_key: str | None,
+    *,
+    priority: int = 0,
+    timeout_s: float | None = None,
+) -> OperationResult:
     """Submit a job through the supervisor, wait for its end, and return the typed result.
+
+    Args:
+        operation: Registered name, also with underscores.
+        spec: The request.
+        idempotency_key: The same key and spec within 24 hours are the same job.
+        priority: -10 to 10; jobs of a higher one get the workers first.
+        timeout_s: Seconds after its start at which the job is ended as failed. Default: it takes its time.
 
     Raises:
         JobFailed: With the failure's problem details.
@@ -161,7 +217,7 @@ def run_operation(operation: str, spec: Mapping[str, Any], idempotency_key: str 
     """
     registration = find_operation(operation)
     actor = supervisor()
-    job = _call(actor.submit, registration.name, dict(spec), idempotency_key)
+    job = _call(actor.submit, registration.name, dict(spec), idempotency_key, priority, timeout_s)
     try:
         while job["status"] in ("queued", "running"):
             time.sleep(POLL_S)
@@ -207,11 +263,13 @@ def __dir__() -> list[str]:
 def _remote_function(operation: str) -> Any:
     import ray
 
-    def run(spec: Spec | Mapping[str, Any]) -> OperationResult:
+    def run(
+        spec: Spec | Mapping[str, Any], *, priority: int = 0, timeout_s: float | None = None
+    ) -> OperationResult:
         # A task keeps its id when Ray runs it again.
         key = f"ray-{ray.get_runtime_context().get_task_id()}"
         body = spec if isinstance(spec, Mapping) else spec.model_dump(mode="json")
-        return run_operation(operation, body, key)
+        return run_operation(operation, body, key, priority=priority, timeout_s=timeout_s)
 
     run.__name__ = run.__qualname__ = find_operation(operation).method
     run.__doc__ = find_operation(operation).summary

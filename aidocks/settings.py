@@ -68,6 +68,11 @@ class Settings(BaseSettings):
         ge=0,
         description="Days for which the checkpoints of a failed or cancelled training are kept, to resume from.",
     )
+    job_retention_days: float | None = Field(
+        None,
+        ge=0,
+        description="Days for which jobs that have ended are kept, with their events. Default: for ever.",
+    )
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest file that is taken as a data set.")
     max_datasets_bytes: int = Field(50 << 30, ge=1, description="What all data sets may have together.")
     remote_code_models: Annotated[frozenset[str], NoDecode] = Field(

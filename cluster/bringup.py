@@ -16,9 +16,10 @@ from typing import BinaryIO
 import psutil
 from pydantic import BaseModel, Field
 
-from aidocks.errors import StartupFailed
+from aidocks.errors import Conflict, StartupFailed
 from aidocks.settings import Settings
 from cluster import head
+from cluster.existing import deploy_service, local_url, remove_service
 from cluster.instance import Instance, end_instance, only_one, read_instance, write_instance
 from cluster.ports import require_free
 
@@ -55,20 +56,20 @@ def service_status(settings: Settings) -> ServiceStatus:
     """Describe the service of this installation."""
     instance = read_instance(settings)
     process = instance.head() if instance else None
+    healthy = instance is not None and (process is not None or instance.existing) and answers(instance.url)
     status = ServiceStatus(
-        running=process is not None,
-        healthy=False,
+        running=process is not None or healthy,
+        healthy=healthy,
         url=settings.service_url,
         docs=f"{settings.service_url}/docs",
         log_dir=settings.log_dir,
     )
-    if instance is None or process is None:
+    if instance is None or not (process or instance.existing):
         return status
     known = {
-        "healthy": answers(instance.url),
         "url": instance.url,
         "docs": f"{instance.url}/docs",
-        "pid": process.pid,
+        "pid": process.pid if process else None,
         "ray_address": instance.ray_address,
         "dashboard": instance.dashboard,
         "environment": instance.environment,
@@ -102,6 +103,7 @@ def start_service(
         status = _patient_status(settings)
         if status.healthy:
             return status
+        _refuse_if_elsewhere(settings)
         end_instance(settings)
         require_free(settings.host, settings.port)
         start = _Start(settings, application, progress)
@@ -127,9 +129,62 @@ def _patient_status(settings: Settings) -> ServiceStatus:
         time.sleep(POLL_S)
 
 
+def deploy_to_cluster(
+    settings: Settings,
+    address: str,
+    *,
+    allow_no_token: bool = False,
+    progress: ProgressCallback | None = None,
+    application: str = APPLICATION,
+) -> ServiceStatus:
+    """Bring the service of this installation up, or up to date, on a Ray cluster that others have started.
+
+    Args:
+        settings: Of the installation.
+        address: Of the cluster, ``host:port``, or ``auto`` for the one of which this machine is a node.
+        allow_no_token: Also on a cluster without token authentication.
+        progress: Told of every phase.
+        application: Import string of the function that makes the Serve application.
+
+    Raises:
+        StartupFailed: No cluster is there, it was refused, or the service did not come up; names the log.
+        Conflict: An embedded service of this data directory is up, or another process is deploying.
+    """
+    instance = read_instance(settings)
+    if instance is not None and instance.head() is not None:
+        raise Conflict(
+            f"{settings.home} has a service of its own at {instance.url}.",
+            hint="Stop it first: aidocks down.",
+        )
+    deploy_service(
+        settings, address, application=application, allow_no_token=allow_no_token, progress=progress
+    )
+    return service_status(settings)
+
+
+def _refuse_if_elsewhere(settings: Settings) -> None:
+    instance = read_instance(settings)
+    if instance is not None and instance.existing:
+        raise Conflict(
+            f"The service of {settings.home} was deployed to the cluster at {instance.ray_address}, "
+            "and does not answer.",
+            hint="Deploy it again with --ray-address, or give it up: aidocks down.",
+        )
+
+
 def stop_service(settings: Settings) -> bool:
-    """End the service of this installation, and nothing else; says whether there was one."""
+    """End the service of this installation, and nothing else; says whether there was one.
+
+    Of one that was deployed to a cluster of others only what was deployed is ended.
+
+    Raises:
+        StartupFailed: That cluster does not answer.
+    """
     with only_one(settings):
+        instance = read_instance(settings)
+        if instance is not None and instance.existing:
+            remove_service(settings, instance, APPLICATION)
+            return True
         return end_instance(settings)
 
 
@@ -166,15 +221,14 @@ class _Start:
         for directory in (settings.home, settings.log_dir, settings.models_dir, settings.workspaces_dir):
             directory.mkdir(parents=True, exist_ok=True)
         head.make_token(settings)
-        directory = head.make_temp_dir(settings)
+        head.make_temp_dir(settings)
         head.make_proxy_wrapper(settings)
         ports = head.Ports.choose()
         client = head.client_environment(settings, ports)
         instance = Instance(
-            url=_local_url(settings),
+            url=local_url(settings),
             ray_address=client["RAY_ADDRESS"],
             dashboard=client["RAY_API_SERVER_ADDRESS"],
-            temp_dir=directory,
             environment=client,
         )
         write_instance(settings, instance)
@@ -193,7 +247,7 @@ class _Start:
         """Wait until the service answers."""
         assert self._head is not None
         assert self._deploy is not None
-        url = _local_url(self._settings)
+        url = local_url(self._settings)
         while True:
             self._tell()
             exit_code = self._deploy.poll()
@@ -248,8 +302,3 @@ def _spawn(
         start_new_session=True,
         close_fds=True,
     )
-
-
-def _local_url(settings: Settings) -> str:
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "") else settings.host  # noqa: S104 - not bound
-    return f"http://{'[::1]' if host == '::' else host}:{settings.port}"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
-import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from aidocks.checkpoints.files import write_text
 from aidocks.errors import InvalidSpec, WorkerLost
 from aidocks.plan import Gang, GangUnit
 from aidocks.telling import Told, tell
+from cluster.room import Kind, Node, count, describe, places
 
 #: Import string of the actor that runs one; ``cluster`` is below ``train`` and must not import it.
 ACTOR = "train.ray_gang:RayGang"
@@ -30,11 +30,10 @@ _log = logging.getLogger(__name__)
 
 def resources_of_a_member(gang: Gang) -> dict[str, float]:
     """Return what one member takes, by Ray's names of resources (memory in bytes)."""
-    wanted = {"CPU": gang.cpus, "GPU": gang.gpus, "memory": float(gang.memory or 0)}
-    return {name: amount for name, amount in wanted.items() if amount}
+    return Kind(gang.cpus, gang.gpus, gang.memory or 0).resources
 
 
-def require_room(gang: Gang, nodes: Iterable[Mapping[str, float]]) -> None:
+def require_room(gang: Gang, nodes: Iterable[Node]) -> None:
     """Refuse a gang that would wait for ever.
 
     Args:
@@ -44,15 +43,11 @@ def require_room(gang: Gang, nodes: Iterable[Mapping[str, float]]) -> None:
     Raises:
         InvalidSpec: The members would not fit, even if nothing else ran.
     """
-    wanted = resources_of_a_member(gang)
-    places = [
-        min((math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in wanted.items()), default=0)
-        for node in nodes
-    ]
-    if sum(places) < gang.members:
+    held = places(resources_of_a_member(gang), list(nodes))
+    if sum(held) < gang.members:
         raise InvalidSpec(
-            f"The cluster has room for {_count(sum(places), 'worker')} of {describe_member(gang)} each, "
-            f"on {_count(len(places), 'node')}.",
+            f"The cluster has room for {count(sum(held), 'worker')} of {describe_member(gang)} each, "
+            f"on {count(len(held), 'node')}.",
             field="workers",
             value=gang.members,
             hint="Ask for fewer workers, or for less for each (resources), or add nodes.",
@@ -61,15 +56,7 @@ def require_room(gang: Gang, nodes: Iterable[Mapping[str, float]]) -> None:
 
 def describe_member(gang: Gang) -> str:
     """Say what one member takes, such as ``1 CPU, 6 GB of memory``."""
-    return ", ".join(_amount(name, amount) for name, amount in resources_of_a_member(gang).items())
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _amount(name: str, amount: float) -> str:
-    return f"{amount / 1e9:.3g} GB of memory" if name == "memory" else f"{amount:g} {name}"
+    return describe(resources_of_a_member(gang))
 
 
 def count_failure(directory: Path) -> int:

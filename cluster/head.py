@@ -23,6 +23,14 @@ from cluster.ports import LOOPBACK, free_ports
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 #: Serve gives each replica a port of its own from this range; one range for each installation, mostly.
 REPLICA_PORTS = 200
+#: A node that was lost is noticed after 8 s where its ports are closed, after 28 s where it only says nothing. The
+#: manifests have the same.
+HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "4",
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,8 @@ def make_proxy_wrapper(settings: Settings) -> None:
     wrapper.write_text(
         "#!/bin/sh\n"
         "for file; do case $file in *.cfg)\n"
-        '  sed -i -E "s/^( *bind) \\*?:/\\1 127.0.0.1:/" "$file";;\n'
+        # The front itself excepted, of which the template writes the same for 0.0.0.0.
+        f'  sed -i -E "/:{settings.port}$/! s/^( *bind) \\*?:/\\1 127.0.0.1:/" "$file";;\n'
         "esac; done\n"
         f'exec "{binary}" "$@"\n'
     )
@@ -156,6 +165,7 @@ def head_environment(settings: Settings, ports: Ports) -> dict[str, str]:
         | settings_environment(settings)
         | client_environment(settings, ports)
         | _proxy_environment(settings, ports, directory)
+        | HEALTH_CHECKS
         | {
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(python_path)),
             # `ray job submit -- python ...` finds the interpreter that has AIDocks.

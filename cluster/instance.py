@@ -35,8 +35,9 @@ class Instance(BaseModel):
     url: str
     ray_address: str
     dashboard: str
-    temp_dir: Path
     environment: dict[str, str]
+    #: On a cluster that others have started: none of its processes is ours.
+    existing: bool = False
 
     def head(self) -> psutil.Process | None:
         """Return the head's process, if that is what now has its process id."""

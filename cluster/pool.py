@@ -6,54 +6,45 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
-import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    OutOfMemoryError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayError
 
-from aidocks.errors import WorkerLost
+from aidocks.errors import InvalidSpec, WorkerLost
 from aidocks.executor import NOBODY, Claim, Outcome
 from aidocks.plan import GangUnit, Unit
 from cluster import gang as gangs
+from cluster import room, signs
+from cluster.crew import Crew, Slot, locate, options_of
+from cluster.deaths import DEATHS, reason
+from cluster.room import Kind
+from cluster.signs import GROUP, result
+from cluster.turns import Request, Turns
+from cluster.view import look
 from cluster.worker import Worker
 
 #: A worker that had nothing to do for so long gives its memory and its GPU back.
 IDLE_RELEASE_S = 600.0
-#: How often the cluster is looked through for what gangs that were killed still hold of it.
-PLACEMENT_SWEEP_S = 2.0
+#: A worker that gives no sign of life for so long is killed.
+SILENCE_S = 30.0
+#: How long a worker is waited for that does not come up although no unit of this pool is in its way.
+PATIENCE_S = 600.0
+#: How old what is known of the nodes may be: while there is work, and else.
+REFRESH_S, REST_S = 3.0, 30.0
+#: How often the cluster is looked through for what gangs that were killed still hold of it: for a while after a gang
+#: has ended, and else.
+SWEEP_S, SWEEP_AT_REST_S, SWEEP_FOR_S = 2.0, 60.0, 30.0
 #: How long a gang waits for its turns before people hear of it.
-PATIENCE_S = 10.0
-#: How long a killed worker is waited for.
+GANG_PATIENCE_S = 10.0
+#: How long a killed gang's members are waited for.
 KILL_WAIT_S = 5.0
 
-_DEATHS = (ActorDiedError, ActorUnavailableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Slot:
-    name: str
-    handle: Any
-    host: str = ""
-    pid: int | None = None
-    unit: str | None = None
-    idle_since: float = 0.0
 
 
 class RayPool:
@@ -62,9 +53,14 @@ class RayPool:
     The actors belong to the process that made the pool, and die with it. All methods are for one event loop.
 
     Args:
-        workers: How many. Default: one for each GPU of the cluster, or for each of its CPUs.
+        workers: How many. Default: one for each GPU that the cluster has at the time, or for each of its CPUs.
         idle_release_s: After how many seconds an idle worker is released.
-        reserved_gpus: GPUs, or parts of one, that are left to others: workers share what remains.
+        reserved_gpus: GPUs, or a part of each, that are left to others.
+        silence_s: After how many seconds without a sign of life a worker is killed.
+        patience_s: How long a worker is waited for that the cluster does not bring.
+        growth: How many workers beyond what there is room for waiting units may ask for: what makes an autoscaler
+            bring nodes. What no node could hold is then waited for rather than refused.
+        tell: Called with a job's id and a line for people.
     """
 
     def __init__(
@@ -73,29 +69,39 @@ class RayPool:
         idle_release_s: float = IDLE_RELEASE_S,
         *,
         reserved_gpus: float = 0.0,
+        silence_s: float = SILENCE_S,
+        patience_s: float = PATIENCE_S,
+        growth: int = 0,
+        tell: Callable[[str, str], None] = lambda _job, _text: None,
     ) -> None:
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        gpus = int(resources.get("GPU", 0))
-        self.parallelism = workers or gpus or max(1, int(resources.get("CPU", 1)))
-        self._device = "cuda" if gpus else "cpu"
+        self._workers = workers
+        self._idle_release_s = idle_release_s
+        self._reserved_gpus = reserved_gpus
+        self._silence_s = silence_s
+        self._growth = growth
+        self._tell = tell
+        self._view = look()
+        self._default = room.default_kind(self._view.nodes, workers, reserved_gpus)
+        self._turns = Turns(1)
+        self._count()
+        self._crew = Crew(self._make, self._is_lost, self._describe, patience_s)
+        # Kinds that a node could hold once: when it cannot any more, that node may come back.
+        self._known: set[Kind] = set()
+        self._threads: dict[Kind, int] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._refreshed = time.monotonic()
+        self._refreshing = False
+        self._next_sweep = self._sweep_often_until = 0.0
+        gpus = sum(node.get("GPU", 0) for node in self._view.nodes)
         if gpus and reserved_gpus >= gpus:
             _log.warning(
-                "AIDOCKS_SERVING_GPUS takes all %d GPUs: jobs wait until nobody asks /embed and /rerank", gpus
+                "AIDOCKS_SERVING_GPUS takes all %g GPUs: jobs wait until nobody asks /embed and /rerank", gpus
             )
-        # Ray counts in ten-thousandths of a GPU.
-        free = math.floor(1e4 * max(0.0, gpus - reserved_gpus) / self.parallelism) / 1e4
-        self._gpu_share = min(1.0, max(1e-4, free)) if gpus else 0.0
-        share = {"num_cpus": 0, "num_gpus": self._gpu_share} if gpus else {"num_cpus": 1}
-        nodes = len([node for node in ray.nodes() if node["Alive"]])  # type: ignore[no-untyped-call]
-        self._threads = max(1, (os.cpu_count() or 1) * nodes // self.parallelism)
-        self._actor = ray.remote(Worker).options(**share, max_restarts=0, max_concurrency=1)
-        self._turns = asyncio.Semaphore(self.parallelism)
-        # Two gangs of which each has some of the turns that it needs would wait for each other.
-        self._gathering = asyncio.Lock()
-        self._slots: dict[str, _Slot] = {}
-        self._idle: list[_Slot] = []
-        self._idle_release_s = idle_release_s
-        self._swept = 0.0
+
+    @property
+    def parallelism(self) -> int:
+        """Workers that there may be at present; it follows the cluster."""
+        return self._turns.total
 
     async def run(
         self,
@@ -104,133 +110,267 @@ class RayPool:
         started: Callable[[str], None],
         claim: Claim = NOBODY,
     ) -> Outcome:
-        """Run one unit on an idle worker, or on a gang. Cancelling kills it: nothing less stops native code."""
+        """Run one unit on an idle worker, or on a gang. Cancelling kills it: nothing less stops native code.
+
+        Raises:
+            InvalidSpec: No node of the cluster could ever hold the worker that is asked for.
+            WorkerLost: It died, fell silent, or did not come up for as long as patience lasts.
+            Exception: Whatever the unit raised.
+        """
+        self._refresh_soon()
         if isinstance(unit, GangUnit):
-            return await self._run_gang(unit, workspace, started)
-        async with self._turns:
-            slot = self._take()
+            return await self._run_gang(unit, workspace, started, claim)
+        # Whoever knows how much memory it needs has looked at files.
+        memory = await asyncio.to_thread(lambda: unit.memory)
+        kind = room.kind_of(self._default, claim.resources, memory, () if self._growth else self._view.nodes)
+        self._admit(kind)
+        self._threads[kind] = room.threads_of(kind, claim.resources, self._view.cores, self.parallelism)
+        async with self._turns_for(claim, kind.worth(self._default)):
+            slot = await self._crew.take(kind, self.parallelism, lambda text: self._tell(claim.job, text))
             try:
+                _require_memory(unit, memory, slot)
                 return await self._run_on(slot, unit, workspace, started)
             finally:
-                if slot.name in self._slots:
-                    self._give_back(slot)
+                if slot.name in self._crew.slots:
+                    self._crew.give(slot)
+
+    def _admit(self, kind: Kind) -> None:
+        """Refuse what no node could hold; unless one could before, or an autoscaler may bring one."""
+        if kind != self._default and kind not in self._known and not self._growth:
+            room.require_room(kind, self._view.nodes)
+        self._known.add(kind)
 
     async def _run_gang(
-        self, unit: GangUnit[Any], workspace: Path, started: Callable[[str], None]
+        self, unit: GangUnit[Any], workspace: Path, started: Callable[[str], None], claim: Claim
     ) -> Outcome:
         """Run one unit on processes that are there for it alone.
 
         They begin anew by themselves when one of them dies; here only when whoever watches them has died.
         """
         gang = unit.gang
-        nodes = ray.nodes()  # type: ignore[no-untyped-call]
-        gangs.require_room(gang, [node["Resources"] for node in nodes if node["Alive"]])
+        if not self._growth:
+            gangs.require_room(gang, (await asyncio.to_thread(look)).nodes)
         directory = unit.directory(workspace)
         directory.mkdir(parents=True, exist_ok=True)
-        async with self._turns_for(unit):
+        async with self._turns_for_gang(unit, claim):
             while True:
-                slot = self._make_slot("gang", _gang_actor())
+                slot = self._crew.add("gang", None, lambda name: _gang_actor().remote(name))
                 try:
                     return await self._run_on(slot, unit, workspace, started)
                 except WorkerLost as error:
                     # Not of what the members died of: whoever watches them has counted that, and tried again.
-                    if slot.name in self._slots or gangs.count_failure(directory) > gang.max_failures:
+                    if slot.name in self._crew.slots or gangs.count_failure(directory) > gang.max_failures:
                         raise
                     _log.warning("%s begins anew: %s", unit.label, error)
                 finally:
-                    if slot.name in self._slots:
-                        self._drop(slot)
+                    if slot.name in self._crew.slots:
+                        self._crew.drop(slot)
+                    self._sweep_often_until = time.monotonic() + SWEEP_FOR_S
+                    self._next_sweep = 0.0
                     await _wait_until_empty(directory, gang.members)
                 gangs.say(unit, f"{slot.name} died; it begins anew from its last checkpoint")
 
     @contextlib.asynccontextmanager
-    async def _turns_for(self, unit: GangUnit[Any]) -> AsyncIterator[None]:
+    async def _turns_for_gang(self, unit: GangUnit[Any], claim: Claim) -> AsyncIterator[None]:
         """Take as many turns as the gang's share of the cluster is worth; idle workers, which keep CPUs, go."""
         gang = unit.gang
-        worth = gang.members * (gang.gpus / self._gpu_share if self._gpu_share else gang.cpus)
-        wanted = max(1, min(self.parallelism, math.ceil(worth)))
-        held = 0
-        waiting = f"It waits for {wanted} of {self.parallelism} workers: other jobs are using them."
-        reminder = asyncio.get_running_loop().call_later(PATIENCE_S, gangs.say, unit, waiting)
+        default = self._default
+        worth = gang.members * (gang.gpus / default.gpus if default.gpus else gang.cpus)
+        wanted = max(1, math.ceil(worth))
+        least = min(wanted, self.parallelism)
+        waiting = f"It waits for {least} of {self.parallelism} workers: other jobs are using them."
+        loop = asyncio.get_running_loop()
+        reminder = loop.call_later(GANG_PATIENCE_S, gangs.say, unit, waiting)
         try:
-            async with self._gathering:
-                while held < wanted:
-                    await self._turns.acquire()
-                    held += 1
-            reminder.cancel()
-            for slot in list(self._idle):
-                self._drop(slot)
-            yield
+            async with self._turns_for(claim, wanted):
+                reminder.cancel()
+                self._crew.drop_idle()
+                yield
         finally:
             reminder.cancel()
-            for _ in range(held):
-                self._turns.release()
+
+    @contextlib.asynccontextmanager
+    async def _turns_for(self, claim: Claim, turns: int) -> AsyncIterator[None]:
+        got: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        request = Request(
+            claim.owner, claim.job, claim.priority, turns, lambda: got.done() or got.set_result(None)
+        )
+        self._turns.ask(request)
+        self._count()
+        try:
+            await got
+            yield
+        finally:
+            self._turns.give_back(request)
 
     async def _run_on(
-        self, slot: _Slot, unit: Unit[Any], workspace: Path, started: Callable[[str], None]
+        self, slot: Slot, unit: Unit[Any], workspace: Path, started: Callable[[str], None]
     ) -> Outcome:
-        """Run a unit on an actor, which is dropped if it dies or is not waited for."""
+        """Run a unit on an actor, which is dropped if it dies, falls silent or is not waited for."""
         slot.unit = unit.label
         try:
-            if slot.pid is None:
-                slot.host, slot.pid = await _result(slot.handle.place.remote())
+            await locate(slot)
             started(slot.name)
-            outcome = await _result(slot.handle.run.remote(unit, workspace))
-        except _DEATHS as error:
-            self._drop(slot)
-            raise WorkerLost(_reason(error), value=slot.name) from error
+            outcome = await self._heard_of(slot, slot.handle.run.remote(unit, workspace))
+        except DEATHS as error:
+            self._drop_dead(slot)
+            raise WorkerLost(reason(error), value=slot.name) from error
+        except TimeoutError:
+            self._crew.drop(slot)
+            if slot.place is not None:
+                await signs.ensure_end(slot.place)
+            silence = f"{slot.name} gave no sign of life for {self._silence_s:g} s and was killed."
+            raise WorkerLost(silence, value=slot.name) from None
         except asyncio.CancelledError:
-            self._drop(slot)
-            await _wait_for_death(slot)
+            self._crew.drop(slot)
+            # The cluster calls it dead before the process is gone, which may still write.
+            if slot.place is not None and not await signs.ensure_end(slot.place):
+                _log.warning("%s was killed, but may still be there: %s", slot.name, slot.place)
             raise
         assert isinstance(outcome, Outcome)
         return outcome
 
+    async def _heard_of(self, slot: Slot, reference: Any) -> Any:
+        """Await what an actor makes, as long as it gives signs of life.
+
+        Raises:
+            TimeoutError: It fell silent.
+        """
+        work = asyncio.ensure_future(result(reference))
+        silent = asyncio.ensure_future(self._until_silent(slot))
+        try:
+            await asyncio.wait({work, silent}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise TimeoutError
+            return work.result()
+        finally:
+            for task in (work, silent):
+                task.cancel()
+
+    async def _until_silent(self, slot: Slot) -> None:
+        while True:
+            await asyncio.sleep(self._silence_s / 6)
+            try:
+                sign = slot.handle.__ray_call__.options(concurrency_group=GROUP).remote(signs.answer)
+                await asyncio.wait_for(result(sign), self._silence_s * 5 / 6)
+            except TimeoutError:
+                assert slot.place is not None
+                if not await signs.still_works(slot.place):
+                    return
+            except RayError as error:  # whoever awaits its work hears of it, too
+                _log.info("%s does not answer: %s", slot.name, type(error).__name__)
+
+    def _drop_dead(self, slot: Slot) -> None:
+        """Drop a worker that died; what dies of a node's death is dropped before anybody relies on it."""
+        self._crew.drop(slot)
+        if slot.place is not None:
+            node = slot.place.node
+            self._crew.drop_idle(lambda idle: idle.place is not None and idle.place.node == node)
+        self._refreshed = -math.inf
+        self._refresh_soon()
+
     def release_idle(self) -> None:
-        """Let go of the workers that have been idle for long, and of what dead gangs hold."""
-        expired = [slot for slot in self._idle if time.monotonic() - slot.idle_since >= self._idle_release_s]
-        for slot in expired:
-            self._drop(slot)
-        if time.monotonic() - self._swept >= PLACEMENT_SWEEP_S:
-            self._swept = time.monotonic()
-            gangs.remove_orphaned_placements()
+        """Let go of what is not needed, and look how the cluster is. To be called every now and then."""
+        expired = time.monotonic() - self._idle_release_s
+        self._crew.drop_idle(lambda slot: slot.since <= expired)
+        self._crew.drop_unwanted()
+        self._refresh_soon()
+        now = time.monotonic()
+        if now >= self._next_sweep:
+            self._next_sweep = now + (SWEEP_S if now < self._sweep_often_until else SWEEP_AT_REST_S)
+            self._begin(_sweep())
+
+    def _refresh_soon(self) -> None:
+        age = time.monotonic() - self._refreshed
+        at_work = self._turns.held or self._turns.waiting
+        if not self._refreshing and age >= (REFRESH_S if at_work else REST_S):
+            self._refreshing = True
+            self._begin(self._refresh())
+
+    async def _refresh(self) -> None:
+        try:
+            self._view = await asyncio.to_thread(look)
+        except RayError as error:
+            _log.warning("the nodes of the cluster are not known at the moment: %s", error)
+        finally:
+            self._refreshing = False
+            self._refreshed = time.monotonic()
+        default = room.default_kind(self._view.nodes, self._workers, self._reserved_gpus)
+        if default.gpus or not self._default.gpus:  # GPUs that went away may come back
+            self._default = default
+        self._count()
+        gone = self._view.ids
+        self._crew.drop_idle(lambda slot: slot.place is not None and slot.place.node not in gone)
+
+    def _count(self) -> None:
+        demand = self._turns.held + self._turns.waiting
+        self._turns.total = room.count_workers(
+            self._view.nodes, self._workers, self._reserved_gpus, demand=demand, growth=self._growth
+        )
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _make(self, kind: Kind, name: str) -> Any:
+        actor = ray.remote(**options_of(kind))(Worker)
+        return actor.remote(name, "cuda" if kind.gpus else "cpu", self._threads[kind])
+
+    def _is_lost(self, kind: Kind) -> bool:
+        return not room.fits(kind, self._view.nodes)
+
+    def _describe(self, kind: Kind) -> str:
+        nodes = room.describe_nodes(self._view.nodes)
+        return f"it takes {room.describe(kind.resources)}, the cluster has {nodes}"
 
     def workers(self) -> list[dict[str, Any]]:
         """Return name, process id and present unit of every worker."""
-        return [{"name": slot.name, "pid": slot.pid, "unit": slot.unit} for slot in self._slots.values()]
+        return [
+            {"name": slot.name, "pid": slot.place.pid if slot.place else None, "unit": slot.unit}
+            for slot in self._crew.slots.values()
+        ]
 
     async def close(self) -> None:
-        for slot in list(self._slots.values()):
-            self._drop(slot)
+        for task in self._background:
+            task.cancel()
+        for slot in list(self._crew.slots.values()):
+            self._crew.drop(slot)
 
-    def _take(self) -> _Slot:
-        # The one used last: its caches are warm, and the others get a chance to be released.
-        if self._idle:
-            return self._idle.pop()
-        return self._make_slot("worker", self._actor, self._device, self._threads)
 
-    def _make_slot(self, kind: str, actor: Any, *arguments: Any) -> _Slot:
-        number = next(n for n in range(1, len(self._slots) + 2) if f"{kind}-{n}" not in self._slots)
-        name = f"{kind}-{number}"
-        self._slots[name] = slot = _Slot(name, actor.remote(name, *arguments))
-        return slot
+def _require_memory(unit: Unit[Any], memory: int | None, slot: Slot) -> None:
+    """Refuse a unit that its node cannot hold, which is then the one with the most memory.
 
-    def _give_back(self, slot: _Slot) -> None:
-        slot.unit = None
-        slot.idle_since = time.monotonic()
-        self._idle.append(slot)
+    What is known of a unit is an upper bound, in which weights count twice: it is certain where half of it is too much.
+    On a GPU they may never be in main memory at once.
 
-    def _drop(self, slot: _Slot) -> None:
-        self._slots.pop(slot.name, None)
-        if slot in self._idle:
-            self._idle.remove(slot)
-        # Also one that is said to be dead: "unavailable" may come back, while its unit runs again elsewhere.
-        ray.kill(slot.handle, no_restart=True)
+    Raises:
+        InvalidSpec: Says what is needed and what there is.
+    """
+    if memory is None or slot.place is None or slot.kind is None or slot.kind.gpus:
+        return
+    if memory / 2 > slot.place.memory:
+        raise InvalidSpec(
+            f"{unit.label} needs about {memory / 1e9:.3g} GB of memory; the largest node has "
+            f"{slot.place.memory / 1e9:.3g} GB.",
+            hint="Add a node with more memory, or use a smaller model.",
+        )
+
+
+async def _sweep() -> None:
+    try:
+        removed = await asyncio.to_thread(gangs.remove_orphaned_placements)
+    except RayError as error:
+        _log.warning("placement groups could not be looked through: %s", error)
+    else:
+        if removed:
+            _log.info("removed %d placement groups of gangs that have died", removed)
 
 
 def _gang_actor() -> Any:
     module, _, name = gangs.ACTOR.partition(":")
-    return ray.remote(getattr(import_module(module), name)).options(num_cpus=0, max_restarts=0)
+    options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 1, "concurrency_groups": {GROUP: 1}}
+    return ray.remote(**options)(getattr(import_module(module), name))
 
 
 async def _wait_until_empty(directory: Path, members: int) -> None:
@@ -241,33 +381,3 @@ async def _wait_until_empty(directory: Path, members: int) -> None:
             return
         await asyncio.sleep(0.02)
     _log.warning("members that were killed are still there: %s", directory)
-
-
-async def _result(ref: Any) -> Any:
-    """Await an object on the running loop, and raise what the worker raised as itself."""
-    try:
-        return await asyncio.wrap_future(ref.future())
-    except RayTaskError as error:
-        _log.info("a unit raised:\n%s", error)
-        if isinstance(error.cause, RayError) or not isinstance(error.cause, Exception):
-            raise
-        raise error.cause from None
-
-
-async def _wait_for_death(slot: _Slot) -> None:
-    """Wait until a killed worker writes no more, so that its files can be removed after it."""
-    deadline = time.monotonic() + KILL_WAIT_S
-    with contextlib.suppress(*_DEATHS, TimeoutError):
-        await asyncio.wait_for(_result(slot.handle.place.remote()), KILL_WAIT_S)
-    # The cluster calls it dead a moment before the process is gone; only processes of this host can be seen.
-    while slot.host == socket.gethostname() and slot.pid and time.monotonic() < deadline:
-        try:
-            os.kill(slot.pid, 0)
-        except ProcessLookupError:
-            return
-        await asyncio.sleep(0.01)
-
-
-def _reason(error: RayError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:500] or type(error).__name__

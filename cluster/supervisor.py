@@ -8,28 +8,52 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import logging.handlers
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from aidocks.errors import LeaseLost
-from aidocks.jobs.model import Job
-from aidocks.jobs.runner import end_orphans, process_name, remove_leftovers, run_job
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from aidocks.errors import LeaseLost, ServiceUnreachable
+from aidocks.jobs.model import EventType, Job, Place
+from aidocks.jobs.queue import QueueLength, Started, next_job
+from aidocks.jobs.retention import remove_leftovers, remove_old_jobs
+from aidocks.jobs.runner import end_orphans, process_name, run_job
 from aidocks.jobs.store import LEASE_S, JobStore
 from aidocks.jobs.submit import submit_job
+from aidocks.jobs.terms import build_terms
+from aidocks.log import log_to_file
 from aidocks.models.registry import Registry
 from aidocks.settings import Settings
+from cluster.observers import Observers, supervisor_observers
 from cluster.pool import RayPool
 
-PLACE = "service"
-JOBS_AT_ONCE = 2
+PLACE: Place = "service"
 POLL_S = 0.5
 SWEEP_S = 60.0
-RESTART_DELAY_S = 1.0
+COUNT_S = 5.0
+RESTART_DELAY_S, LONGEST_DELAY_S = 1.0, 30.0
+READY_S = 10.0
+
+#: What says that the job store is away, locked, or has no room. It passes, and says nothing of any job.
+STORE_ERRORS = (OperationalError, InterfaceError)
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Running:
+    job: Job
+    work: asyncio.Task[Job]
+
+    @property
+    def counts(self) -> Started:
+        return Started(self.job.owner, self.job.priority)
 
 
 class Supervisor:
@@ -41,11 +65,13 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        _log_to_file(self._settings)
-        self._store = JobStore(self._settings.store_url)
+        log_to_file(self._settings, "supervisor.log")
+        self._store: JobStore | None = None
         self._pool: RayPool | None = None
         self._token = 0
-        self._running: dict[str, asyncio.Task[Job]] = {}
+        self._running: dict[str, _Running] = {}
+        self._telling: set[asyncio.Task[None]] = set()
+        self._queue = QueueLength()
         self._superseded = False
         self._loop = asyncio.new_event_loop()
         self._woken = asyncio.Event()
@@ -60,101 +86,179 @@ class Supervisor:
 
     def ping(self) -> dict[str, Any]:
         """Return what the supervisor is doing."""
-        self._ready.wait(10)
+        self._ready.wait(READY_S)
         pool = self._pool
         return {
             "pid": os.getpid(),
             "token": self._token,
             "superseded": self._superseded,
             "jobs": list(self._running),
+            "running": len(self._running),
+            "waiting": self._queue.waiting,
             "parallelism": pool.parallelism if pool else 0,
             "workers": pool.workers() if pool else [],
         }
 
     def submit(
-        self, operation: str, spec: dict[str, Any], idempotency_key: str | None = None
+        self,
+        operation: str,
+        spec: dict[str, Any],
+        idempotency_key: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> dict[str, Any]:
-        """Submit a job and return it.
+        """Submit a job and return it. Whoever holds the actor's handle is the owner of the cluster: ``local``.
 
         Raises:
             AIDocksError: The request was refused.
         """
-        job, _ = submit_job(self._settings, self._store, operation, spec, idempotency_key=idempotency_key)
+        terms = build_terms(priority=priority, timeout_s=timeout_s)
+        with self._opened() as store:
+            job, _ = submit_job(
+                self._settings, store, operation, spec, idempotency_key=idempotency_key, terms=terms
+            )
         self.wake()
         return job.model_dump(mode="json")
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Return a job."""
-        return self._store.get(job_id).model_dump(mode="json")
+        with self._opened() as store:
+            return store.get(job_id).model_dump(mode="json")
 
     def cancel(self, job_id: str) -> dict[str, Any]:
         """Ask for a job to be cancelled and return it."""
-        return self._store.request_cancel(job_id).model_dump(mode="json")
+        with self._opened() as store:
+            return store.request_cancel(job_id).model_dump(mode="json")
+
+    @contextmanager
+    def _opened(self) -> Iterator[JobStore]:
+        """Hand out the job store.
+
+        Raises:
+            ServiceUnreachable: It does not answer.
+        """
+        away = ServiceUnreachable("The job store does not answer.", hint="Try again in a moment.")
+        if not self._ready.wait(READY_S) or self._store is None:
+            raise away
+        try:
+            yield self._store
+        except STORE_ERRORS as error:
+            _log.error("the job store failed: %s", error)
+            # Not with its cause: whoever asks need not have what the store is made of.
+            raise away from None
 
     # The supervisor's own thread.
 
     def _work(self) -> None:
-        try:
-            self._loop.run_until_complete(self._supervise())
-        except LeaseLost as error:
-            # Ray must not restart this one: it would take the lease back, and the two would quarrel for ever.
-            _log.warning("superseded: %s", error)
-            self._superseded = True
-        except BaseException:  # noqa: BLE001 - not swallowed: the process ends with it
-            # The store is the truth; whatever broke here, a new incarnation starts from it.
-            _log.exception("the supervisor stops and will be restarted")
-            logging.shutdown()
-            time.sleep(RESTART_DELAY_S)
-            os._exit(1)
+        delay_s = RESTART_DELAY_S
+        while True:
+            begin = time.monotonic()
+            try:
+                self._loop.run_until_complete(self._supervise())
+            except LeaseLost as error:
+                # Ray must not restart this one: it would take the lease back, and the two would quarrel for ever.
+                _log.warning("superseded: %s", error)
+                self._superseded = True
+                return
+            except STORE_ERRORS as error:
+                # Begun again from the store, as by a new incarnation: each job goes on from its journal.
+                if time.monotonic() - begin > 2 * LONGEST_DELAY_S:
+                    delay_s = RESTART_DELAY_S
+                _log.error("the job store fails; tried again in %.0f s: %s", delay_s, error)
+                time.sleep(delay_s)
+                delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+            except BaseException:  # noqa: BLE001 - not swallowed: the process ends with it
+                # The store is the truth; whatever broke here, a new incarnation starts from it.
+                _log.exception("the supervisor stops and will be restarted")
+                logging.shutdown()
+                time.sleep(RESTART_DELAY_S)
+                os._exit(1)
 
     async def _supervise(self) -> None:
-        self._token = await asyncio.to_thread(self._store.acquire_lease, PLACE, process_name())
+        if self._store is None:
+            self._store = await asyncio.to_thread(JobStore, self._settings.store_url)
+        store = self._store
+        self._token = await asyncio.to_thread(store.acquire_lease, PLACE, process_name())
         serving = self._settings.serving_replicas * self._settings.serving_gpus
-        self._pool = RayPool(self._settings.workers, reserved_gpus=serving)
+        self._pool = pool = RayPool(
+            self._settings.workers,
+            reserved_gpus=serving,
+            silence_s=self._settings.worker_silence_s,
+            tell=partial(self._tell, store),
+        )
+        observers = supervisor_observers(self._settings)
         self._ready.set()
         _log.info("supervising %s with token %d", self._settings.store_url, self._token)
-        renewal = swept = 0.0
+        renewal = swept = counted = 0.0
         try:
             while True:
                 now = time.monotonic()
                 if now >= renewal:
                     renewal = now + LEASE_S / 3
-                    await asyncio.to_thread(self._store.renew_lease, self._token)
+                    await asyncio.to_thread(store.renew_lease, self._token)
                 if now >= swept:
                     swept = now + SWEEP_S
-                    await asyncio.to_thread(self._sweep)
-                self._pool.release_idle()
+                    await asyncio.to_thread(self._sweep, store)
+                if now >= counted:
+                    counted = now + COUNT_S
+                    await self._count(store, pool, observers)
+                pool.release_idle()
                 self._reap()
-                await self._start_jobs(self._pool)
+                await self._start_jobs(store, pool, observers)
                 await self._rest()
         finally:
-            for task in self._running.values():
-                task.cancel()
-            await asyncio.gather(*self._running.values(), return_exceptions=True)
-            await self._pool.close()
+            for running in self._running.values():
+                running.work.cancel()
+            await asyncio.gather(*(one.work for one in self._running.values()), return_exceptions=True)
+            self._running.clear()
+            await pool.close()
 
-    def _sweep(self) -> None:
-        """Clear away what processes that were killed have left behind."""
-        end_orphans(self._store, self._settings)
-        remove_leftovers(self._store, self._settings)
-        Registry(self._settings.models_dir).sweep_trash()
+    def _sweep(self, store: JobStore) -> None:
+        """Clear away what processes that were killed have left behind, and what is too old."""
+        try:
+            end_orphans(store, self._settings)
+            remove_leftovers(store, self._settings)
+            Registry(self._settings.models_dir).sweep_trash()
+            remove_old_jobs(store, self._settings)
+        except OSError:
+            # No reason to stop what runs; the next one tries again.
+            _log.exception("not everything could be cleared away")
 
-    async def _start_jobs(self, pool: RayPool) -> None:
-        if len(self._running) >= JOBS_AT_ONCE:
-            return
-        for waiting in await asyncio.to_thread(self._store.claimable, PLACE, self._token):
-            if len(self._running) >= JOBS_AT_ONCE:
-                return
-            job = await asyncio.to_thread(self._store.claim, waiting.id, self._token)
-            if job is not None:
-                _log.info("job %s: %s, attempt %d", job.id, job.operation, job.attempt)
-                work = run_job(job, self._store, self._settings, pool, self._token)
-                self._running[job.id] = asyncio.create_task(work, name=job.id)
-                self._running[job.id].add_done_callback(lambda _: self._woken.set())
+    async def _count(self, store: JobStore, pool: RayPool, observers: Observers) -> None:
+        self._queue = await asyncio.to_thread(store.queue_length, PLACE)
+        observers.queue(self._queue.waiting, self._queue.oldest_s, len(self._running))
+        workers = pool.workers()
+        busy = sum(1 for worker in workers if worker["unit"])
+        observers.workers(busy, len(workers) - busy)
+
+    async def _start_jobs(self, store: JobStore, pool: RayPool, observers: Observers) -> None:
+        waiting = await asyncio.to_thread(store.waiting, PLACE, self._token)
+        places = self._settings.jobs_at_once
+        while chosen := next_job(waiting, [one.counts for one in self._running.values()], places):
+            waiting.remove(chosen)
+            job = await asyncio.to_thread(store.claim, chosen.id, self._token)
+            if job is None:  # cancelled meanwhile
+                continue
+            _log.info("job %s: %s, attempt %d", job.id, job.operation, job.attempt)
+            work = run_job(job, store, self._settings, pool, self._token, observers)
+            task = asyncio.create_task(work, name=job.id)
+            task.add_done_callback(lambda _: self._woken.set())
+            self._running[job.id] = _Running(job, task)
+
+    def _tell(self, store: JobStore, job_id: str, text: str) -> None:
+        """Let people read in a job's events what the pool has to say of it. Called on the loop."""
+
+        def append() -> None:
+            with suppress(LeaseLost, *STORE_ERRORS):  # it has just ended; or there is worse to tell
+                store.append(job_id, EventType.MESSAGE, {"text": text}, token=self._token)
+
+        telling = asyncio.create_task(asyncio.to_thread(append))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
 
     def _reap(self) -> None:
-        for job_id in [job_id for job_id, task in self._running.items() if task.done()]:
-            job = self._running.pop(job_id).result()
+        for job_id in [job_id for job_id, running in self._running.items() if running.work.done()]:
+            job = self._running.pop(job_id).work.result()
             _log.info("job %s %s", job.id, job.status.value)
 
     async def _rest(self) -> None:
@@ -163,14 +267,3 @@ class Supervisor:
         except TimeoutError:
             return
         self._woken.clear()
-
-
-def _log_to_file(settings: Settings) -> None:
-    settings.log_dir.mkdir(parents=True, exist_ok=True)
-    path = settings.log_dir / "supervisor.log"
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=10_000_000, backupCount=3)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("aidocks", "cluster"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)

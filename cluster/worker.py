@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 from aidocks.executor import Outcome, let_threads_sleep, run_unit
+from aidocks.log import log_to_file
 from aidocks.plan import Unit, UnitContext, WorkerCache
+from aidocks.settings import Settings
 
 
 class Worker:
@@ -30,10 +31,7 @@ class Worker:
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[variable] = str(threads)
         let_threads_sleep()
-
-    def place(self) -> tuple[str, int]:
-        """Return host name and process id; answers as soon as the worker is up."""
-        return socket.gethostname(), os.getpid()
+        log_to_file(Settings(), f"{name}.log")
 
     def run(self, unit: Unit[Any], workspace: Path) -> Outcome:
         """Run one unit to its end."""

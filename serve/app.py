@@ -7,30 +7,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from aidocks._version import __version__
+from aidocks.access.local import make_admin_key, warn_of_open_door
 from aidocks.jobs.store import JobStore
 from aidocks.models.registry import Registry
+from aidocks.remote import beside_the_store
 from aidocks.settings import Settings
 from serve.context import Context, problem_response
 from serve.document import describe
+from serve.door import Door
 from serve.gate import MAX_BODY_BYTES, MAX_FILE_BYTES, Gate
+from serve.ownership import require_own_job
 from serve.pages import add_pages
 from serve.problems import handle_problems
 from serve.retrieval.deployment import ComputeLink, NoCompute, ServeCompute, retrieval_application
 from serve.retrieval.waiting import MOST_WAITING_REQUESTS
-from serve.routes import datasets, health, jobs, models, openai, retrieve, uploads
+from serve.routes import datasets, health, jobs, keys, models, openai, retrieve, uploads
 from serve.routes.operations import operations_router
 from serve.sse import MAX_STREAMS
 from serve.supervision import NoSupervisor, SupervisorLink
 
 if TYPE_CHECKING:
     from ray.serve import Application
+
+log = logging.getLogger("serve.app")
 
 DESCRIPTION = """\
 Optimise, combine and publish open-weight language models.
@@ -84,11 +91,12 @@ def create_api(
         datasets.router,
         uploads.router,
         openai.router,
+        keys.router,
     ):
-        api.include_router(router)
+        api.include_router(router, dependencies=[Depends(require_own_job)])
     add_pages(api)
     handle_problems(api)
-    _guard(api, settings, returns_request_id)
+    _guard(api, context, returns_request_id)
     document: dict[str, Any] = {}
 
     def openapi() -> dict[str, Any]:
@@ -98,12 +106,15 @@ def create_api(
     return api
 
 
-def _guard(api: FastAPI, settings: Settings, returns_request_id: bool) -> None:
+def _guard(api: FastAPI, context: Context, returns_request_id: bool) -> None:
     """Put the gate before the application, with what bodies may have on each path."""
+    settings = context.settings
     # A form is a little larger than the file in it.
     upload = min(settings.max_upload_bytes, MAX_FILE_BYTES) + MAX_BODY_BYTES
     api.add_middleware(
         Gate,
+        door=Door(settings, context.keys),
+        trail=context.trail,
         allowed_hosts=_host_names(settings),
         returns_request_id=returns_request_id,
         max_upload_bytes={"/datasets": upload, "/v1/files": upload} | retrieve.MAX_BYTES,
@@ -115,15 +126,25 @@ def _lifespan(context: Context) -> Callable[[FastAPI], AbstractAsyncContextManag
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watch = asyncio.create_task(context.readiness.watch())
+        await asyncio.to_thread(_prepare_door, context)
+        tasks = [asyncio.create_task(work) for work in (context.readiness.watch(), context.trail.keep())]
         await asyncio.to_thread(context.datasets.sweep)
         yield
-        watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch
-        context.store.close()
+        for task in tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        context.close()
 
     return lifespan
+
+
+def _prepare_door(context: Context) -> None:
+    """Make the administrator's key where keys are asked for; say where everybody is let in."""
+    if not context.settings.open_to_all:
+        make_admin_key(context.settings, context.keys)
+    elif warning := warn_of_open_door(context.settings):
+        log.warning("%s", warning)
 
 
 def build_app(settings: Settings) -> Application:
@@ -133,20 +154,23 @@ def build_app(settings: Settings) -> Application:
     """
     from ray import serve
 
-    values = settings.model_dump(mode="json")
+    # The key is the caller's own.
+    values = settings.model_dump(mode="json", exclude={"api_key"})
 
     def build() -> FastAPI:
-        from serve.log import log_to_file
+        from aidocks.log import log_to_file
         from serve.supervision import RaySupervisor
+        from serve.traffic import measure_requests
 
         here = Settings(**values)
-        log_to_file(here)
+        log_to_file(here, "http.log")
+        measure_requests()
         return create_api(here, RaySupervisor(here), compute=ServeCompute(), returns_request_id=False)
 
     deployment = serve.deployment(
         name="http",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": beside_the_store(settings)},
         # Those that wait for a model, event streams, and room for all others beside them.
         max_ongoing_requests=MOST_WAITING_REQUESTS + MAX_STREAMS + 80,
         health_check_period_s=2,

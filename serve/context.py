@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request
 
+from aidocks.access.audit import AuditLog
+from aidocks.access.store import KeyStore
 from aidocks.datasets.parts import PartedUploads
 from aidocks.datasets.store import DatasetStore
+from aidocks.jobs.database import Database
 from aidocks.jobs.store import JobStore
 from aidocks.models.registry import Registry
 from aidocks.models.resolve import ModelResolver
@@ -18,6 +21,7 @@ from serve.retrieval.deployment import ComputeLink
 from serve.retrieval.lookup import Lookup
 from serve.retrieval.waiting import Waiting
 from serve.supervision import SupervisorLink
+from serve.trail import Trail
 
 
 @dataclass
@@ -33,6 +37,9 @@ class Context:
     registry: Registry
     supervisor: SupervisorLink
     compute: ComputeLink
+    keys: KeyStore = field(init=False)
+    audit: AuditLog = field(init=False)
+    trail: Trail = field(init=False)
     datasets: DatasetStore = field(init=False)
     uploads: PartedUploads = field(init=False)
     readiness: Readiness = field(init=False)
@@ -41,12 +48,20 @@ class Context:
     streams: int = 0
 
     def __post_init__(self) -> None:
+        self._database = Database(self.settings.store_url)
+        self.keys = KeyStore(self._database)
+        self.audit = AuditLog(self._database)
+        self.trail = Trail(self.audit, self.keys, asks_for_keys=not self.settings.open_to_all)
         self.datasets = DatasetStore.of(self.settings)
         self.uploads = PartedUploads(self.datasets)
         self.readiness = Readiness(self.store, self.supervisor)
         resolver = ModelResolver(self.settings.models_dir, self.settings.allowed_roots)
         self.retrievers = Lookup(resolver, self.settings.remote_code_models)
         self.waiting = Waiting(self.compute.compute, lanes=self.settings.serving_replicas)
+
+    def close(self) -> None:
+        self.store.close()
+        self._database.close()
 
 
 async def _context(request: Request) -> Context:

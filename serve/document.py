@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from aidocks.access.keys import KeyRequest
 from aidocks.operations import OPERATIONS
 from aidocks.specs.retrieve import EmbedRequest, RerankRequest
 from serve.problems import Problem
@@ -19,6 +20,7 @@ TAGS = [
     {"name": "jobs", "description": "Follow and stop work."},
     {"name": "models", "description": "The models that this installation made or imported."},
     {"name": "datasets", "description": "Files of examples that requests name."},
+    {"name": "access", "description": "API keys, and what was done with them. For administrators."},
     {"name": "service", "description": "The service itself."},
 ]
 
@@ -39,6 +41,7 @@ def describe(api: FastAPI) -> dict[str, Any]:
         *(registration.spec_type() for registration in OPERATIONS),
         EmbedRequest,
         RerankRequest,
+        KeyRequest,
         Problem,
     ]
     _, added = models_json_schema(
@@ -48,4 +51,7 @@ def describe(api: FastAPI) -> dict[str, Any]:
     for name, schema in added["$defs"].items():
         assert schemas.setdefault(name, schema) == schema, f"two models are called {name}"
     document["components"]["schemas"] = dict(sorted(schemas.items()))
+    document["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
+    # Needed where the service asks for keys; see docs/security.md.
+    document["security"] = [{}, {"ApiKey": []}]
     return document

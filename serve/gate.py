@@ -1,4 +1,4 @@
-"""What every request passes: request id, host check, size limit, access log, and the last resort."""
+"""What every request passes: request id, host check, size limit, key, access log, audit, and the last resort."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aidocks.errors import AIDocksError, BodyTooLarge, HostNotAllowed
+from aidocks.access.redaction import without_secrets
+from aidocks.errors import BodyTooLarge, HostNotAllowed
+from serve.access import KEY
+from serve.door import Door, Refusal, path_of
 from serve.problems import REQUEST_ID, problem_answer, unexpected_problem
+from serve.traffic import observe_request, route_of
+from serve.trail import Trail
 
 MAX_BODY_BYTES = 1_000_000
 #: What a file may have that comes in one request, as OpenAI's may. Ray Serve takes a body as fast as it comes and keeps
@@ -33,6 +38,8 @@ class Gate:
 
     Args:
         app: What it protects.
+        door: Asks for keys.
+        trail: Is told what was done.
         allowed_hosts: Names for which the service answers, ``*`` for any. A web page can make a browser call
             a service on its user's machine under a name of the page's own (DNS rebinding), which is not here.
         max_body_bytes: Largest request body that is read.
@@ -43,6 +50,8 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
+        door: Door,
+        trail: Trail,
         allowed_hosts: Iterable[str],
         max_body_bytes: int = MAX_BODY_BYTES,
         returns_request_id: bool = True,
@@ -50,6 +59,8 @@ class Gate:
     ) -> None:
         self._returns_request_id = returns_request_id
         self._app = app
+        self._door = door
+        self._trail = trail
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
         self._max_body_bytes = max_body_bytes
         self._max_upload_bytes = dict(max_upload_bytes or {})
@@ -64,35 +75,55 @@ class Gate:
         limit = self._limit(scope)
         exchange = _Exchange(scope, receive, send, limit, self._returns_request_id)
         try:
-            if refusal := self._refusal(headers, limit):
-                await problem_answer(scope, refusal)(scope, receive, exchange.send)
+            if refusal := await self._refusal(scope, headers, limit):
+                answer = problem_answer(scope, refusal.error, refusal.headers)
+                await answer(scope, receive, exchange.send)
             else:
                 await self._app(scope, exchange.receive, exchange.send)
         except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"], extra={"fields": exchange.record()})
+            log.exception(
+                "%s %s failed",
+                scope["method"],
+                without_secrets(scope["path"]),
+                extra={"fields": exchange.record()},
+            )
             if exchange.status:
                 raise  # the server breaks the connection, so that half an answer does not look whole
             await unexpected_problem(scope)(scope, receive, exchange.send)
         finally:
+            observe_request(route_of(scope), scope["method"], exchange.status, exchange.seconds)
+            self._trail.note(scope, path_of(scope), exchange.status, exchange.location)
             if scope["path"] not in _QUIET or exchange.status != 200:
-                _access.info("%s %s", scope["method"], scope["path"], extra={"fields": exchange.record()})
+                _access.info(
+                    "%s %s",
+                    scope["method"],
+                    without_secrets(scope["path"]),
+                    extra={"fields": exchange.record()},
+                )
 
     def _limit(self, scope: Scope) -> int:
         """Return the bytes that the body of a request may have."""
-        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
+        path = path_of(scope).rstrip("/")
         upload = self._max_upload_bytes.get(path) if scope["method"] == "POST" else None
         return self._max_body_bytes if upload is None else upload
 
-    def _refusal(self, headers: Headers, limit: int) -> AIDocksError | None:
+    async def _refusal(self, scope: Scope, headers: Headers, limit: int) -> Refusal | None:
         host = headers.get("host", "")
         if "*" not in self._hosts and _without_port(host) not in self._hosts:
-            return HostNotAllowed(
-                f"This service does not answer to the host name {host[:200]!r}.",
-                hint="Add the name to AIDOCKS_ALLOWED_HOSTS where the service runs.",
+            return Refusal(
+                HostNotAllowed(
+                    f"This service does not answer to the host name {host[:200]!r}.",
+                    hint="Add the name to AIDOCKS_ALLOWED_HOSTS where the service runs.",
+                )
             )
+        holder, refusal = await self._door.admit(scope, headers)
+        if holder is not None:
+            scope[KEY] = holder
+        if refusal is not None:
+            return refusal
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > limit:
-            return _too_large(limit)
+            return Refusal(_too_large(limit))
         return None
 
 
@@ -110,6 +141,7 @@ class _Exchange:
         self._received = 0
         self._begun = time.perf_counter()
         self.status = 0
+        self.location: str | None = None
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -122,19 +154,24 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
+            self.location = headers.get("location")
             if self._returns_id:
                 headers["x-request-id"] = self._scope[REQUEST_ID]
             headers["x-content-type-options"] = "nosniff"
         await self._send(message)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begun
 
     def record(self) -> dict[str, Any]:
         """Return what the logs tell of the exchange; never a body or a query."""
         return {
             "request_id": self._scope[REQUEST_ID],
             "method": self._scope["method"],
-            "path": self._scope["path"],
+            "path": without_secrets(self._scope["path"]),
             "status": self.status,
-            "ms": round((time.perf_counter() - self._begun) * 1000, 2),
+            "ms": round(self.seconds * 1000, 2),
         }
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from aidocks.overview import SupervisorState
 from aidocks.remote import ensure_supervisor
 from aidocks.settings import Settings
-
-SupervisorState = Literal["running", "restarting", "superseded", "absent", "unknown"]
+from serve.hung import HungProcess
 
 PING_TIMEOUT_S = 2.0
 
@@ -26,6 +26,9 @@ class SupervisorLink(Protocol):
     async def state(self) -> SupervisorState:
         """Return how the supervisor is; one that is gone is made again."""
 
+    def answer(self) -> dict[str, Any]:
+        """Return what the supervisor said of itself when it was last asked; empty when it did not answer."""
+
 
 class NoSupervisor:
     """Stands in where nobody supervises: the application without Ray."""
@@ -35,6 +38,9 @@ class NoSupervisor:
 
     async def state(self) -> SupervisorState:
         return "absent"
+
+    def answer(self) -> dict[str, Any]:
+        return {}
 
 
 class RaySupervisor:
@@ -47,13 +53,21 @@ class RaySupervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._handle: Any = None
+        self._answer: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._hung = HungProcess(settings)
 
     def wake(self) -> None:
         asyncio.get_running_loop().run_in_executor(None, self._wake)
 
     async def state(self) -> SupervisorState:
-        return await asyncio.to_thread(self._state)
+        state = await asyncio.to_thread(self._state)
+        if state == "restarting":
+            await self._hung.end()
+        return state
+
+    def answer(self) -> dict[str, Any]:
+        return self._answer
 
     def _wake(self) -> None:
         try:
@@ -65,6 +79,7 @@ class RaySupervisor:
     def _state(self) -> SupervisorState:
         import ray
 
+        answer: dict[str, Any] = {}
         try:
             answer = ray.get(self._resolve().ping.remote(), timeout=PING_TIMEOUT_S)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
@@ -73,6 +88,8 @@ class RaySupervisor:
             log.exception("the supervisor does not answer; looking for another")
             self._handle = None
             return "restarting"
+        finally:
+            self._answer = answer
         return "superseded" if answer.get("superseded") else "running"
 
     def _resolve(self) -> Any:

@@ -127,7 +127,10 @@ class Service:
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Start the real service on a free port; its registry holds the small model ``tiny-base``."""
+    """Start the real service on a free port; its registry holds the small model ``tiny-base``.
+
+    On one node as `aidocks up` makes it, or on as many as ``AIDOCKS_TEST_NODES`` says.
+    """
     from aidocks.models.registry import Registry
     from cluster.bringup import start_service, stop_service
 
@@ -135,6 +138,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     settings = Settings(home=home, port=free_port())
     model = make_tiny_llama(tmp_path_factory.mktemp("tiny") / "model")
     Registry(settings.models_dir).import_checkpoint("tiny-base", model)
+    if count := int(os.environ.get("AIDOCKS_TEST_NODES", "0")):
+        from tests.support.nodes import nodes
+
+        with nodes(settings.model_copy(update={"workers": count}), count) as made:
+            yield Service(made.settings.service_url, made.settings, service_environment(made.settings))
+        return
     try:
         start_service(settings)
         yield Service(settings.service_url, settings, service_environment(settings))

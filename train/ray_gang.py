@@ -14,11 +14,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aidocks.errors import WorkerLost
+import ray
+from pydantic import BaseModel
+from ray.exceptions import RayActorError, RayTaskError
+
+from aidocks.errors import AIDocksError, WorkerLost
 from aidocks.executor import Outcome
+from aidocks.log import about, log_to_file
 from aidocks.plan import Gang, GangUnit
+from aidocks.settings import Settings
+from aidocks.storage import shared
+from aidocks.storage.checkpoints import bring_checkpoints, sharing_checkpoints
+from aidocks.storage.units import run_shared
 from aidocks.telling import last_words
 from cluster.gang import hold_place, resources_of_a_member, say
+from train.one_node import Place, choose_place, on_node
 
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError
@@ -45,6 +55,9 @@ class RayGang:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        log_to_file(Settings(), f"{name}.log")
+        #: Of the node on which all members have to be; None where they share a file system.
+        self._address: str | None = None
         # Read when Ray Train is first imported, and handed on to its workers. Its print goes to a logger, through
         # which fingerprints of data sets miss nested functions.
         os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
@@ -60,17 +73,52 @@ class RayGang:
     def run(self, unit: GangUnit[Any], workspace: Path) -> Outcome:
         """Run one unit to its end, from its last checkpoint on.
 
+        Where nodes share no file system, all of it runs on one node: the members write parts of the same files.
+
         Raises:
             AIDocksError: What the members would meet again; or, when they died too often, of what.
         """
+        here = shared(workspace)
+        if here is None:
+            return self._run(unit, workspace)
+        place = choose_place(unit.gang)
+        if place.node_id != ray.get_runtime_context().get_node_id():
+            return self._run_there(place, unit, workspace)
+        self._address = place.address
+        begin = time.perf_counter()
+        bring_checkpoints(unit.gang.checkpoints)
+
+        def run() -> BaseModel:
+            with sharing_checkpoints(here, unit.gang.checkpoints, unit.story):
+                return self._run(unit, workspace).result
+
+        result = run_shared(unit, workspace, run)
+        return Outcome(result, time.perf_counter() - begin, self._name)
+
+    def _run_there(self, place: Place, unit: GangUnit[Any], workspace: Path) -> Outcome:
+        """Run a unit by an actor on another node, which dies with this one; and this one with it."""
+        there = ray.remote(RayGang).options(num_cpus=0, max_restarts=0, scheduling_strategy=place.strategy)
+        try:
+            outcome: Outcome = ray.get(there.remote(self._name).run.remote(unit, workspace))
+        except RayTaskError as error:
+            if isinstance(error.cause, AIDocksError):
+                raise error.cause from None
+            raise
+        except RayActorError:
+            # For whoever watches this one it is the same: the gang is gone, and can begin anew.
+            os._exit(1)
+        return outcome
+
+    def _run(self, unit: GangUnit[Any], workspace: Path) -> Outcome:
         begin = time.perf_counter()
         gang = unit.gang
         unit.directory(workspace).mkdir(parents=True, exist_ok=True)
         for said_before in (unit.failure(workspace), unit.outcome(workspace)):
             said_before.unlink(missing_ok=True)
         gang.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._fit(unit, workspace)
-        result = unit.collect(workspace)
+        with about(workspace.name, unit.label):
+            self._fit(unit, workspace)
+            result = unit.collect(workspace)
         return Outcome(result, time.perf_counter() - begin, self._name)
 
     def _fit(self, unit: GangUnit[Any], workspace: Path) -> None:
@@ -87,7 +135,7 @@ class RayGang:
             # Ray Train's list of checkpoints; what is on the disk counts, and that need not agree after a crash.
             (unit.gang.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
             try:
-                _trainer(unit, workspace).fit()
+                _trainer(unit, workspace, self._address).fit()
             except TrainingFailedError as error:
                 _log.warning("%s: the members of %s failed", self._name, unit.label, exc_info=True)
                 if unit.failure(workspace).exists():
@@ -127,13 +175,14 @@ def _lost(unit: GangUnit[Any], workspace: Path, end: EndedForGood) -> WorkerLost
     )
 
 
-def _trainer(unit: GangUnit[Any], workspace: Path) -> TorchTrainer:
+def _trainer(unit: GangUnit[Any], workspace: Path, address: str | None) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from train.ray_watching import MemberWatcher, RoomWatcher
 
     gang = unit.gang
+    resources = resources_of_a_member(gang) | ({} if address is None else on_node(address))
     return TorchTrainer(
         _work,
         train_loop_config={"unit": unit, "workspace": workspace},
@@ -141,8 +190,8 @@ def _trainer(unit: GangUnit[Any], workspace: Path) -> TorchTrainer:
         scaling_config=ScalingConfig(
             num_workers=gang.members,
             use_gpu=gang.gpus > 0,
-            resources_per_worker=resources_of_a_member(gang),
-            placement_strategy="SPREAD" if gang.spread else "PACK",
+            resources_per_worker=resources,
+            placement_strategy="SPREAD" if gang.spread and address is None else "PACK",
         ),
         run_config=RunConfig(
             name=gang.checkpoints.name,

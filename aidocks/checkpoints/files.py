@@ -101,13 +101,26 @@ class StagedFile:
                 hint="Something shortened the file while it was being read; restore it and try again.",
             )
 
-    def publish(self) -> OutputFile:
-        """Bring the file to its place, durably, and describe it."""
+    def publish(self, sha256: str | None = None) -> OutputFile:
+        """Bring the file to its place, durably, and describe it.
+
+        Args:
+            sha256: What its content must have. None: whatever was written.
+
+        Raises:
+            CorruptCheckpoint: It has another; nothing came to its place.
+        """
         with self._explaining_full_disk():
             digest = self._leave_order()
             with open(self._open, "rb", buffering=0, closefd=False) as stream:
                 stream.seek(self._hashed)
                 hash_rest(stream, digest)
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise CorruptCheckpoint(
+                    f"{self._path.name} does not have the content that it should have.",
+                    value=self._path.name,
+                    hint="Something changed it, or the storage is damaged; make or import it again.",
+                )
             os.fsync(self._open)
         os.replace(self._aside, self._path)
         sync_directory(self._path.parent)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,6 +30,7 @@ _MAX_AXES = 64
 #: The longest in use have about 120. What is done with names, such as a search in them, is sized for this.
 _MAX_NAME = 512
 _METADATA = "__metadata__"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -123,7 +125,7 @@ def _parse_object(path: Path, raw: bytes) -> dict[str, Any]:
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in found if names.count(name) > 1)
-            raise _corrupt(path, f"the key {_shorten(twice)} occurs twice in its header")
+            raise _corrupt(path, f"the key {_sendable(_shorten(twice))} occurs twice in its header")
         return found
 
     def refuse(constant: str) -> Any:
@@ -131,6 +133,8 @@ def _parse_object(path: Path, raw: bytes) -> dict[str, Any]:
 
     try:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        if has_half_characters(raw):
+            raise ValueError("it has half of a character")
     except CorruptCheckpoint:
         raise
     except (ValueError, RecursionError) as error:
@@ -145,6 +149,17 @@ def _read_metadata(path: Path, metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt(path, f"{_METADATA} is not a map of strings to strings")
     return metadata
+
+
+def has_half_characters(text: bytes) -> bool:
+    r"""Tell whether JSON escapes half of a surrogate pair (``\ud800``), which no file and no answer can carry on."""
+    if not _SURROGATE.search(text):
+        return False
+    try:
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _read_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
@@ -168,6 +183,9 @@ def _read_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
             f"shape {_shorten(repr(shape))} of {dtype} needs {needed} bytes, but spans {end - begin}",
             name,
         )
+    # Steps between rows are products, too, and must be numbers of 64 bits even where there is no element.
+    if prod(size for size in shape if size) * DTYPE_BITS[dtype] >= 1 << 63:
+        raise _corrupt(path, f"its shape {_shorten(repr(shape))} is larger than any memory", name)
     return TensorEntry(name, dtype, tuple(shape), path, start + begin, start + end)
 
 
@@ -194,10 +212,14 @@ def _check_layout(path: Path, entries: list[TensorEntry], start: int, size: int)
 
 
 def _corrupt(path: Path, flaw: str, tensor: str | None = None) -> CorruptCheckpoint:
-    where = path.name if tensor is None else f"tensor {_shorten(tensor)} in {path.name}"
+    where = path.name if tensor is None else f"tensor {_sendable(_shorten(tensor))} in {path.name}"
     return CorruptCheckpoint(
         f"The weights are damaged: {where}: {flaw}.", hint="Download or copy the file again."
     )
+
+
+def _sendable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def _shorten(text: str) -> str:

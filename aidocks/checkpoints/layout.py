@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from aidocks.checkpoints.header import TensorEntry, read_header
+from aidocks.checkpoints.header import TensorEntry, has_half_characters, read_header
 from aidocks.checkpoints.writer import INDEX_FILE, SINGLE_FILE
 from aidocks.errors import CorruptCheckpoint, UnknownModel, UnsafeCheckpoint
 
@@ -74,7 +74,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        document = json.loads(raw.decode())
+        if has_half_characters(raw):
+            raise ValueError("it has half of a character")
     except (OSError, ValueError, RecursionError) as error:
         # Errors of the system also name the directories of this machine.
         why = error.strerror if isinstance(error, OSError) else error
@@ -116,8 +119,10 @@ def weights_present(directory: Path) -> bool:
         weight_map = read_json_object(directory / INDEX_FILE).get("weight_map")
     except CorruptCheckpoint:
         return False
-    shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    return bool(shards) and all(isinstance(name, str) and (directory / name).is_file() for name in shards)
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not all(isinstance(name, str) and _SHARD_NAME.fullmatch(name) for name in shards):
+        return False
+    return bool(shards) and all((directory / name).is_file() for name in dict.fromkeys(shards))
 
 
 def metadata_files(directory: Path) -> list[Path]:
@@ -151,9 +156,7 @@ def _listed_modules(directory: Path) -> set[str]:
         listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     except (OSError, ValueError, RecursionError):
         return set()
-    places = (
-        {one.get("path") for one in listed if isinstance(one, dict)} if isinstance(listed, list) else set()
-    )
+    places = [one.get("path") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     return {
         place
         for place in places

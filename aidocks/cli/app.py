@@ -7,11 +7,14 @@ from typing import Annotated
 import typer
 
 from aidocks._version import __version__
-from aidocks.cli import datasets, jobs, models, retrieve, service
+from aidocks.cli import datasets, jobs, keys, models, retrieve, service
 from aidocks.cli.ask import ask
 from aidocks.cli.demo import demo
+from aidocks.cli.doctor import doctor
+from aidocks.cli.logs import logs
 from aidocks.cli.operations import DockGroup
 from aidocks.cli.output import manner
+from aidocks.cli.status import status
 
 EPILOG = """\
 [bold]Exit codes[/]: 0 done, 1 our fault, 2 usage, 3 the request is not valid, 4 not found, 5 conflict, \
@@ -52,5 +55,7 @@ app.command(rich_help_panel="Use a model")(demo)
 app.add_typer(models.app, name="models", rich_help_panel="Look after things")
 app.add_typer(datasets.app, name="datasets", rich_help_panel="Look after things")
 app.add_typer(jobs.app, name="jobs", rich_help_panel="Look after things")
-for command in (service.up, service.down, service.status, service.logs, service.env, service.doctor):
+app.add_typer(keys.app, name="keys", rich_help_panel="The service")
+app.command(rich_help_panel="The service")(keys.audit)
+for command in (service.up, service.down, status, logs, service.env, doctor):
     app.command(rich_help_panel="The service")(command)

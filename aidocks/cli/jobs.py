@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aidocks.cli.options import Json, Local, Url, connect
+from aidocks.cli.options import Json, Local, Priority, Timeout, Url, connect
 from aidocks.cli.output import manner, out, print_json, print_text, remark
 from aidocks.errors import MissingExtra
 
@@ -31,6 +31,9 @@ def list_jobs(
     operation: Annotated[
         str | None, typer.Option(help="Only jobs of this operation.", metavar="NAME")
     ] = None,
+    owner: Annotated[
+        str | None, typer.Option(help="Only jobs that this API key submitted.", metavar="KEY_ID")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=200, help="Jobs to show.")] = 20,
     before: Annotated[
         str | None, typer.Option(metavar="JOB", help="Only jobs submitted before this one.")
@@ -42,10 +45,10 @@ def list_jobs(
     """List jobs, newest first."""
     if local:
         with _store_here() as (_, store):
-            listed = store.list(_status(status), operation, limit, before)
+            listed = store.list(_status(status), operation, limit, before, owner=owner)
     else:
         with connect(url) as client:
-            listed = [handle.job for handle in client.jobs(status, operation, limit, before)]
+            listed = [handle.job for handle in client.jobs(status, operation, limit, before, owner)]
     if manner.json:
         print_json([job.model_dump(mode="json") for job in listed])
     elif not listed:
@@ -104,19 +107,21 @@ def resume_job(
         bool, typer.Option("--detach", help="Print the job's id and do not wait for it.")
     ] = False,
     local: Annotated[bool, typer.Option("--local", help="Run in this process, without a service.")] = False,
+    priority: Priority = None,
+    timeout: Timeout = None,
     json: Json = False,
     url: Url = None,
 ) -> None:
     """Go on with a training that was stopped: a new job, from its last checkpoint."""
-    if local and (detach or url):
-        raise typer.BadParameter("--local runs here and now: --detach and --url need a service.")
+    if local and (detach or url or priority is not None):
+        raise typer.BadParameter("--local runs here and now: --detach, --url and --priority need a service.")
     if local:
-        _resume_here(job)
+        _resume_here(job, timeout)
         return
     from aidocks.cli.run import watch
 
     with connect(url) as client:
-        handle = client.resume(job)
+        handle = client.resume(job, priority=priority, timeout_s=timeout)
         if detach:
             print_json(handle.job.model_dump(mode="json")) if manner.json else print_text(handle.id)
         else:
@@ -166,7 +171,7 @@ def _status(name: str | None) -> Status | None:
         raise typer.BadParameter(f"--status is one of {', '.join(Status)}.") from None
 
 
-def _resume_here(job_id: str) -> None:
+def _resume_here(job_id: str, timeout_s: float | None) -> None:
     from aidocks.cli.run import run_here
     from aidocks.operations import find_operation
     from aidocks.specs.read import build_spec
@@ -177,8 +182,9 @@ def _resume_here(job_id: str) -> None:
 
         end_orphans(store, settings)  # one whose process was killed counts as running until somebody looks
         operation, spec = resumed_spec(settings, store, job_id)
+        timeout_s = store.get(job_id).timeout_s if timeout_s is None else timeout_s
     remark(f"a new job goes on with {job_id}")
-    run_here(operation, build_spec(find_operation(operation).spec_type(), spec))
+    run_here(operation, build_spec(find_operation(operation).spec_type(), spec), timeout_s)
 
 
 def _row(job: Job) -> dict[str, Any]:

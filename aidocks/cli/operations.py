@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from aidocks.cli.options import Json, Url
+from aidocks.cli.options import Json, Priority, Timeout, Url
 from aidocks.operations import OPERATIONS, Registration
 
 if TYPE_CHECKING:
@@ -42,7 +42,11 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "json": (Json, False),
     "url": (Url, None),
     "idempotency_key": (Key, None),
+    "priority": (Priority, None),
+    "timeout": (Timeout, None),
 }
+#: Of those, what means nothing without a service.
+_OF_A_SERVICE = ("detach", "url", "idempotency_key", "priority")
 
 
 class OperationCommand(TyperCommand):
@@ -117,14 +121,16 @@ def _run(registration: Registration, flags: tuple[Flag, ...], values: dict[str, 
     from aidocks.cli.flags import given_fields
     from aidocks.specs.read import build_spec
 
-    if values["local"] and (values["detach"] or values["url"] or values["idempotency_key"]):
+    if values["local"] and any(
+        values[name] not in (None, "") and values[name] is not False for name in _OF_A_SERVICE
+    ):
         raise typer.BadParameter(
-            "--local runs here and now: --detach, --url and --idempotency-key need a service."
+            "--local runs here and now: --detach, --url, --idempotency-key and --priority need a service."
         )
     data = _file_fields(values["spec_file"]) | given_fields(flags, values)
     spec = build_spec(registration.spec_type(), data)
     if values["local"]:
-        run.run_here(registration.name, spec)
+        run.run_here(registration.name, spec, values["timeout"])
     else:
         run.submit(
             registration.name,
@@ -132,6 +138,8 @@ def _run(registration: Registration, flags: tuple[Flag, ...], values: dict[str, 
             url=values["url"],
             detach=values["detach"],
             idempotency_key=values["idempotency_key"],
+            priority=values["priority"],
+            timeout_s=values["timeout"],
         )
 
 

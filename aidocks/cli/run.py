@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from aidocks.cli.options import connect
-from aidocks.cli.output import err, manner, print_json, print_text, remark
-from aidocks.errors import MissingExtra
+from aidocks.cli.output import err, manner, print_json, print_text, remark, report
+from aidocks.errors import JobFailed, MissingExtra
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,10 +30,21 @@ UNIT_THREAD = "aidocks-unit"
 _SWITCH_S = 5e-4
 
 
-def submit(operation: str, spec: Spec, *, url: str | None, detach: bool, idempotency_key: str | None) -> None:
+def submit(
+    operation: str,
+    spec: Spec,
+    *,
+    url: str | None,
+    detach: bool,
+    idempotency_key: str | None,
+    priority: int | None,
+    timeout_s: float | None,
+) -> None:
     """Submit a job to a service and, unless ``detach``, watch it to its end."""
     with connect(url) as client:
-        handle = client.submit(operation, spec, idempotency_key=idempotency_key)
+        handle = client.submit(
+            operation, spec, idempotency_key=idempotency_key, priority=priority, timeout_s=timeout_s
+        )
         if detach:
             print_json(handle.job.model_dump(mode="json")) if manner.json else print_text(handle.id)
         else:
@@ -63,8 +74,8 @@ def watch(handle: JobHandle) -> None:
     finish(job)
 
 
-def run_here(operation: str, spec: Spec) -> None:
-    """Run an operation in this process.
+def run_here(operation: str, spec: Spec, timeout_s: float | None = None) -> None:
+    """Run an operation in this process, for at most ``timeout_s`` seconds.
 
     Raises:
         MissingExtra: This installation is a client only.
@@ -78,7 +89,9 @@ def run_here(operation: str, spec: Spec) -> None:
         from aidocks.jobs.runner import run_locally
 
         with _progress() as show:
-            job = run_locally(operation, spec, settings, on_event=show, processes=processes())
+            job = run_locally(
+                operation, spec, settings, on_event=show, processes=processes(), timeout_s=timeout_s
+            )
     except ModuleNotFoundError as error:
         raise MissingExtra(
             f"--local needs {error.name}, which is not installed.",
@@ -87,7 +100,12 @@ def run_here(operation: str, spec: Spec) -> None:
     except KeyboardInterrupt:
         remark(_cancelled(spec))
         _leave(INTERRUPTED)
-    finish(job)
+    try:
+        finish(job)
+    except JobFailed as error:
+        # A unit whose time was up may still run.
+        report(error)
+        _leave(error.exit_code)
 
 
 def _hash_ahead(operation: str, spec: Spec, settings: Settings) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import httpx
 
+from aidocks.access.entry import AuditEntry
+from aidocks.access.keys import ApiKey, NewKey, Scope
 from aidocks.client import calls
 from aidocks.client.calls import Call, Retries
 from aidocks.client.connection import Connection
@@ -21,6 +23,7 @@ from aidocks.client.job import AsyncJobHandle
 from aidocks.datasets.store import StoredDataset
 from aidocks.jobs.model import Event, Job, Status
 from aidocks.models.registry import Manifest, ModelInfo
+from aidocks.overview import Overview
 from aidocks.specs.retrieve import EmbedAnswer, RerankAnswer
 
 
@@ -33,18 +36,23 @@ class AsyncClient(Connection):
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, AsyncJobHandle]]:
         operation = self._operation(name)
 
-        async def submit(
-            spec: SpecLike = None, *, idempotency_key: str | None = None, **fields: Any
-        ) -> AsyncJobHandle:
-            return await self.submit(operation, spec, idempotency_key=idempotency_key, **fields)
+        async def submit(spec: SpecLike = None, **options: Any) -> AsyncJobHandle:
+            return await self.submit(operation, spec, **options)
 
         return submit
 
     async def submit(
-        self, operation: str, spec: SpecLike = None, *, idempotency_key: str | None = None, **fields: Any
+        self,
+        operation: str,
+        spec: SpecLike = None,
+        *,
+        idempotency_key: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = None,
+        **fields: Any,
     ) -> AsyncJobHandle:
-        job = await self._answer(calls.submission(operation, spec, fields, idempotency_key))
-        return AsyncJobHandle(self, job)
+        call = calls.submission(operation, spec, fields, idempotency_key, priority, timeout_s)
+        return AsyncJobHandle(self, await self._answer(call))
 
     async def jobs(
         self,
@@ -52,15 +60,24 @@ class AsyncClient(Connection):
         operation: str | None = None,
         limit: int = 50,
         before: str | None = None,
+        owner: str | None = None,
     ) -> list[AsyncJobHandle]:
-        listed = await self._answer(calls.list_jobs(status, operation, limit, before))
+        listed = await self._answer(calls.list_jobs(status, operation, limit, before, owner))
         return [AsyncJobHandle(self, job) for job in listed]
 
     async def job(self, job_id: str) -> AsyncJobHandle:
         return AsyncJobHandle(self, await self._answer_job(job_id))
 
-    async def resume(self, job_id: str, *, idempotency_key: str | None = None) -> AsyncJobHandle:
-        return AsyncJobHandle(self, await self._answer(calls.resume_job(job_id, idempotency_key)))
+    async def resume(
+        self,
+        job_id: str,
+        *,
+        idempotency_key: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncJobHandle:
+        call = calls.resume_job(job_id, idempotency_key, priority, timeout_s)
+        return AsyncJobHandle(self, await self._answer(call))
 
     async def models(self) -> list[ModelInfo]:
         return await self._answer(calls.list_models())
@@ -146,6 +163,36 @@ class AsyncClient(Connection):
     async def health(self) -> dict[str, Any]:
         return await self._answer(calls.get_health())
 
+    async def status(self) -> Overview:
+        return await self._answer(calls.get_status())
+
+    async def create_key(
+        self,
+        name: str,
+        scopes: Sequence[Scope | str] = (Scope.SUBMIT,),
+        *,
+        expires_in_s: float | None = None,
+        requests_per_minute: int | None = None,
+        max_jobs: int | None = None,
+    ) -> NewKey:
+        fields = {
+            "requests_per_minute": requests_per_minute,
+            "max_jobs": max_jobs,
+            "expires_in_s": expires_in_s,
+        }
+        return await self._answer(calls.create_key(name, scopes, fields))
+
+    async def keys(self) -> list[ApiKey]:
+        return await self._answer(calls.list_keys())
+
+    async def revoke_key(self, key_id: str) -> None:
+        await self._answer(calls.revoke_key(key_id))
+
+    async def audit(
+        self, limit: int = 100, before: int | None = None, owner: str | None = None
+    ) -> list[AuditEntry]:
+        return await self._answer(calls.list_audit(limit, before, owner))
+
     async def download(self, name: str, directory: str | Path) -> Path:
         return await self._in_thread(lambda client: client.download(name, directory))
 
@@ -154,7 +201,11 @@ class AsyncClient(Connection):
 
         def do() -> AnswerT:
             with Client(
-                self.url, self._timeout, retry_s=self._retry_s, reconnect_s=self._reconnect_s
+                self.url,
+                self._timeout,
+                retry_s=self._retry_s,
+                reconnect_s=self._reconnect_s,
+                api_key=self._api_key,
             ) as client:
                 return work(client)
 

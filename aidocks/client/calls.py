@@ -13,6 +13,8 @@ from urllib.parse import quote
 
 import httpx
 
+from aidocks.access.entry import AuditEntry
+from aidocks.access.keys import ApiKey, KeyRequest, NewKey, Scope
 from aidocks.client.download import ModelFile
 from aidocks.client.problems import error_from_response
 from aidocks.datasets.parts import PartedUpload
@@ -21,7 +23,9 @@ from aidocks.errors import AIDocksError, ServiceUnreachable
 from aidocks.jobs.model import Event, Job, Status
 from aidocks.models.registry import Manifest, ModelInfo
 from aidocks.operations import find_operation
+from aidocks.overview import Overview
 from aidocks.specs.base import Spec
+from aidocks.specs.read import build_spec
 from aidocks.specs.retrieve import EmbedAnswer, RerankAnswer
 
 AnswerT = TypeVar("AnswerT")
@@ -139,6 +143,8 @@ def submission(
     spec: Spec | Mapping[str, Any] | None,
     fields: Mapping[str, Any],
     idempotency_key: str | None,
+    priority: int | None = None,
+    timeout_s: float | None = None,
 ) -> Call[Job]:
     """Return the call that submits a job. Without a key of the caller's it carries one of its own.
 
@@ -150,6 +156,7 @@ def submission(
         "POST",
         find_operation(operation).endpoint,
         Job.model_validate,
+        params=_terms(priority, timeout_s),
         body=body | dict(fields),
         headers=_submitting(idempotency_key),
     )
@@ -163,16 +170,33 @@ def cancel_job(job_id: str) -> Call[Job]:
     return Call("POST", f"/jobs/{_segment(job_id)}/cancel", Job.model_validate, repeatable=False)
 
 
-def resume_job(job_id: str, idempotency_key: str | None) -> Call[Job]:
+def resume_job(
+    job_id: str, idempotency_key: str | None, priority: int | None = None, timeout_s: float | None = None
+) -> Call[Job]:
     """Return the call that submits a job which goes on with another. It carries a key, as any submission does."""
-    path = f"/jobs/{_segment(job_id)}/resume"
-    return Call("POST", path, Job.model_validate, headers=_submitting(idempotency_key))
+    return Call(
+        "POST",
+        f"/jobs/{_segment(job_id)}/resume",
+        Job.model_validate,
+        params=_terms(priority, timeout_s),
+        headers=_submitting(idempotency_key),
+    )
 
 
 def list_jobs(
-    status: Status | str | None, operation: str | None, limit: int, before: str | None
+    status: Status | str | None,
+    operation: str | None,
+    limit: int,
+    before: str | None,
+    owner: str | None = None,
 ) -> Call[list[Job]]:
-    params = {"status": status, "operation": operation, "limit": str(limit), "before": before}
+    params = {
+        "status": status,
+        "operation": operation,
+        "owner": owner,
+        "limit": str(limit),
+        "before": before,
+    }
     return Call(
         "GET",
         "/jobs",
@@ -261,6 +285,31 @@ def get_health() -> Call[dict[str, Any]]:
     return Call("GET", "/health", dict)
 
 
+def get_status() -> Call[Overview]:
+    return Call("GET", "/status", Overview.model_validate)
+
+
+def create_key(name: str, scopes: Sequence[Scope | str], fields: Mapping[str, Any]) -> Call[NewKey]:
+    """Return the call for an API key; ``fields`` are those of :class:`~aidocks.access.keys.KeyRequest`."""
+    asked = build_spec(KeyRequest, {"name": name, "scopes": list(scopes)} | _given(fields))
+    body = asked.model_dump(mode="json", exclude_unset=True)
+    return Call("POST", "/keys", NewKey.model_validate, body=body, repeatable=False)
+
+
+def list_keys() -> Call[list[ApiKey]]:
+    return Call("GET", "/keys", _listing("keys", ApiKey.model_validate))
+
+
+def revoke_key(key_id: str) -> Call[None]:
+    return Call("DELETE", f"/keys/{_segment(key_id)}", lambda _: None)
+
+
+def list_audit(limit: int, before: int | None, owner: str | None) -> Call[list[AuditEntry]]:
+    params = {"limit": limit, "before": before, "owner": owner}
+    read = _listing("entries", AuditEntry.model_validate)
+    return Call("GET", "/audit", read, params={name: str(value) for name, value in _given(params).items()})
+
+
 def events_path(job_id: str) -> str:
     return f"/jobs/{_segment(job_id)}/events"
 
@@ -271,6 +320,12 @@ def file_path(model: str, path: str) -> str:
 
 def _submitting(idempotency_key: str | None) -> dict[str, str]:
     return {"Accept": "application/json", "Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+
+
+def _terms(priority: int | None, timeout_s: float | None) -> dict[str, str]:
+    return {
+        name: str(value) for name, value in _given({"priority": priority, "timeout_s": timeout_s}).items()
+    }
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from aidocks.access.local import key_for
 from aidocks.client.address import is_loopback, service_url
 from aidocks.client.events import Outage
 from aidocks.errors import NotFound
 from aidocks.operations import OPERATIONS, find_operation
+from aidocks.settings import Settings
 
 
 class Connection:
@@ -20,8 +22,11 @@ class Connection:
         *,
         retry_s: float = 5.0,
         reconnect_s: float = 300.0,
+        api_key: str | None = None,
     ) -> None:
-        self.url = (url or service_url()).rstrip("/")
+        settings = Settings()
+        self.url = (url or service_url(settings)).rstrip("/")
+        self._api_key = api_key or key_for(self.url, settings)
         self._timeout = timeout
         self._retry_s = retry_s
         self._reconnect_s = reconnect_s
@@ -33,7 +38,9 @@ class Connection:
     @property
     def _options(self) -> dict[str, Any]:
         # A proxy of the environment is not asked for this machine's own addresses.
-        return {"base_url": self.url, "timeout": self._timeout, "trust_env": not is_loopback(self.url)}
+        options = {"base_url": self.url, "timeout": self._timeout, "trust_env": not is_loopback(self.url)}
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        return options | {"headers": headers}
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *(registration.method for registration in OPERATIONS)]

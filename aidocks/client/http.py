@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 
+from aidocks.access.entry import AuditEntry
+from aidocks.access.keys import ApiKey, NewKey, Scope
 from aidocks.client import calls
 from aidocks.client.calls import Call, Retries
 from aidocks.client.connection import Connection
@@ -27,6 +29,7 @@ from aidocks.datasets.store import StoredDataset
 from aidocks.errors import AIDocksError, InvalidSpec, ServiceUnreachable
 from aidocks.jobs.model import Event, Job, Status
 from aidocks.models.registry import Manifest, ModelInfo
+from aidocks.overview import Overview
 from aidocks.specs.base import Spec
 from aidocks.specs.retrieve import EmbedAnswer, RerankAnswer
 
@@ -45,6 +48,8 @@ class Client(Connection):
         timeout: Seconds that one request may take.
         retry_s: Seconds for which requests are repeated while the service is away or asks to come later.
         reconnect_s: Seconds for which an event stream looks for a service that has gone away (a restart).
+        api_key: Sent with every request. Default: ``AIDOCKS_API_KEY``; to the service that ``aidocks up`` started in
+            this data directory, else the administrator's key.
     """
 
     def _open(self) -> None:
@@ -53,25 +58,37 @@ class Client(Connection):
     def __getattr__(self, name: str) -> Callable[..., JobHandle]:
         operation = self._operation(name)
 
-        def submit(spec: SpecLike = None, *, idempotency_key: str | None = None, **fields: Any) -> JobHandle:
-            return self.submit(operation, spec, idempotency_key=idempotency_key, **fields)
+        def submit(spec: SpecLike = None, **options: Any) -> JobHandle:
+            return self.submit(operation, spec, **options)
 
         return submit
 
     def submit(
-        self, operation: str, spec: SpecLike = None, *, idempotency_key: str | None = None, **fields: Any
+        self,
+        operation: str,
+        spec: SpecLike = None,
+        *,
+        idempotency_key: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = None,
+        **fields: Any,
     ) -> JobHandle:
-        """Submit a job.
+        """Submit a job. The methods of the operations take the same keyword arguments.
 
         Args:
             operation: Such as ``laser``.
             spec: A spec, or a mapping of its fields. ``fields`` are added to it and win.
             idempotency_key: Submitting again under the same key returns the same job.
+            priority: -10 to 10; jobs of a higher one get the workers first. Default: 0.
+            timeout_s: Seconds after its start at which the job is ended as failed. Default: it takes its time.
 
         Raises:
             AIDocksError: Whatever the service refuses: :class:`InvalidSpec`, :class:`NameTaken` and so on.
+            QuotaExceeded: This client's key has as many unfinished jobs as it may have.
+            QueueFull: As many jobs wait as may.
         """
-        return JobHandle(self, self._answer(calls.submission(operation, spec, fields, idempotency_key)))
+        call = calls.submission(operation, spec, fields, idempotency_key, priority, timeout_s)
+        return JobHandle(self, self._answer(call))
 
     def jobs(
         self,
@@ -79,24 +96,33 @@ class Client(Connection):
         operation: str | None = None,
         limit: int = 50,
         before: str | None = None,
+        owner: str | None = None,
     ) -> list[JobHandle]:
         """Return jobs, newest first; ``before`` is the id of the job where the page before ended."""
-        return [
-            JobHandle(self, job) for job in self._answer(calls.list_jobs(status, operation, limit, before))
-        ]
+        listed = self._answer(calls.list_jobs(status, operation, limit, before, owner))
+        return [JobHandle(self, job) for job in listed]
 
     def job(self, job_id: str) -> JobHandle:
         """Return the job with this id, or raise :class:`UnknownJob`."""
         return JobHandle(self, self._answer_job(job_id))
 
-    def resume(self, job_id: str, *, idempotency_key: str | None = None) -> JobHandle:
+    def resume(
+        self,
+        job_id: str,
+        *,
+        idempotency_key: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = None,
+    ) -> JobHandle:
         """Go on with a training that failed or was cancelled: a new job, from its last checkpoint.
+
+        Priority and time limit are those of the old job where nothing else is said.
 
         Raises:
             IllegalTransition: It has not been stopped.
             Conflict: It left no checkpoint, or is of a kind that leaves none.
         """
-        return JobHandle(self, self._answer(calls.resume_job(job_id, idempotency_key)))
+        return JobHandle(self, self._answer(calls.resume_job(job_id, idempotency_key, priority, timeout_s)))
 
     def models(self) -> list[ModelInfo]:
         """Return the models of the registry."""
@@ -216,6 +242,52 @@ class Client(Connection):
     def health(self) -> dict[str, Any]:
         """Return what the service says of itself."""
         return self._answer(calls.get_health())
+
+    def status(self) -> Overview:
+        """Return how the service is and what it does: jobs, workers, nodes, disk."""
+        return self._answer(calls.get_status())
+
+    def create_key(
+        self,
+        name: str,
+        scopes: Sequence[Scope | str] = (Scope.SUBMIT,),
+        *,
+        expires_in_s: float | None = None,
+        requests_per_minute: int | None = None,
+        max_jobs: int | None = None,
+    ) -> NewKey:
+        """Make an API key, with an administrator's. The answer's ``key`` is told this once.
+
+        Args:
+            name: Whose it is, or what for.
+            scopes: What it allows: ``read``, ``submit`` or ``admin``.
+            expires_in_s: Seconds after which it is refused. Default: never.
+            requests_per_minute: Default: as the service's settings say; 0: any number.
+            max_jobs: Unfinished jobs at the same time. Default: as the service's settings say.
+
+        Raises:
+            NotPermitted: This client's own key is not an administrator's.
+        """
+        fields = {
+            "requests_per_minute": requests_per_minute,
+            "max_jobs": max_jobs,
+            "expires_in_s": expires_in_s,
+        }
+        return self._answer(calls.create_key(name, scopes, fields))
+
+    def keys(self) -> list[ApiKey]:
+        """Return the API keys, newest first, also those that are refused."""
+        return self._answer(calls.list_keys())
+
+    def revoke_key(self, key_id: str) -> None:
+        """Let an API key be refused from now on, everywhere within a few seconds."""
+        self._answer(calls.revoke_key(key_id))
+
+    def audit(
+        self, limit: int = 100, before: int | None = None, owner: str | None = None
+    ) -> list[AuditEntry]:
+        """Return what was done, newest first; ``before`` is the number of the entry where the page before ended."""
+        return self._answer(calls.list_audit(limit, before, owner))
 
     def download(self, name: str, directory: str | Path) -> Path:
         """Copy a registry model to ``directory / name``, which appears when all of it is there.

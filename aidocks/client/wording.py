@@ -42,6 +42,11 @@ def sentence(event: Event) -> str | None:
         case EventType.WORKER_LOST:
             what = f" while it ran {data['label']}" if data.get("label") else ""
             return f"{data.get('worker', 'a worker')} died{what}; its work runs again elsewhere"
+        case EventType.RETRYING:
+            reason = data.get("reason") or {}
+            words = [reason.get("detail") or reason.get("title"), reason.get("hint")]
+            wait = duration(float(data.get("wait_s") or 0.0))
+            return f"tried again in {wait}: " + " ".join(str(word) for word in words if word)
         case EventType.CANCEL_REQUESTED:
             return "cancelling"
         case _:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aidocks.checkpoints.files import locked, write_text
 from aidocks.datasets.store import FILE_ID, DatasetStore, StoredDataset, Upload
-from aidocks.datasets.upload import data_file, explaining_full_disk
+from aidocks.datasets.upload import checked_filename, data_file, explaining_full_disk
 from aidocks.errors import Conflict, InvalidSpec, NotFound
 from aidocks.models.names import shorten
 
@@ -139,9 +139,12 @@ class PartedUploads:
             raise _unknown(upload_id)
         directory = self._store.staging / upload_id
         try:
-            return directory, PartedUpload.model_validate_json((directory / _ABOUT).read_bytes())
-        except (OSError, ValidationError):
+            begun = PartedUpload.model_validate_json((directory / _ABOUT).read_bytes())
+            if begun.id != upload_id or checked_filename(begun.filename) != begun.filename:
+                raise _unknown(upload_id)
+        except (OSError, ValidationError, InvalidSpec):
             raise _unknown(upload_id) from None
+        return directory, begun
 
 
 def _unknown(upload_id: str) -> NotFound:

@@ -16,18 +16,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from aidocks.checkpoints.files import locked, sync_directory, write_text
 from aidocks.checkpoints.space import format_bytes
+from aidocks.datasets.stored import DATASET_FILE, StoredDataset, data_bytes, entries, last_written
 from aidocks.datasets.upload import StagedUpload, checked_filename, data_file
 from aidocks.errors import BodyTooLarge, InsufficientDisk, InvalidSpec, NameTaken, NotFound
 from aidocks.models.names import is_model_name, shorten
+from aidocks.storage import shared
 
 if TYPE_CHECKING:
     from aidocks.settings import Settings
 
-DATASET_FILE = "dataset.json"
+__all__ = ["DATASET_FILE", "FILE_ID", "RESERVED_ID", "DatasetStore", "StoredDataset", "Upload"]
+
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 _STAGING, _TRASH = ".staging", ".trash"
 #: An upload that has written nothing for so long is nobody's any more.
@@ -36,22 +37,6 @@ _STALE_S = 3600.0
 _LOOK_BYTES = 64 << 20
 #: `file-` and so many zeros begin the ids of files that are made when they are asked for (see serve/routes/openai).
 RESERVED_ID = "file-00000"
-
-
-class StoredDataset(BaseModel):
-    """A data set of this installation."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    id: str = Field(description="`file-` and 24 hexadecimal digits; what OpenAI's clients call it.")
-    name: str = Field(description="Name that requests call it by.", examples=["math-lessons"])
-    filename: str = Field(description="Name of the file that was uploaded.", examples=["lessons.jsonl"])
-    bytes: int
-    sha256: str
-    created_at: datetime
-    purpose: str = Field("fine-tune", description="What it was uploaded for.")
-    rows: int | None = Field(None, description="Lines that are not blank; only known of JSON Lines.")
-    path: Path = Field(description="The file, on the service's file system.")
 
 
 class DatasetStore:
@@ -70,6 +55,7 @@ class DatasetStore:
         max_datasets_bytes: int | None = None,
     ) -> None:
         self._dir = datasets_dir.absolute()
+        self._shared = shared(self._dir)
         self._max_upload = max_upload_bytes
         self._max_total = max_datasets_bytes
 
@@ -85,6 +71,8 @@ class DatasetStore:
 
     def names(self) -> list[str]:
         """Return the names of all data sets, sorted."""
+        if self._shared is not None:
+            return self._shared.datasets.names()
         try:
             found = [entry.name for entry in os.scandir(self._dir) if is_model_name(entry.name)]
         except FileNotFoundError:
@@ -119,6 +107,23 @@ class DatasetStore:
         if found is None and FILE_ID.fullmatch(reference):
             return next((dataset for dataset in self.all() if dataset.id == reference), None)
         return found
+
+    def fetch(self, reference: str) -> StoredDataset:
+        """Return one data set by name or id, after its file is on this node.
+
+        Raises:
+            NotFound: Listing similar names.
+            CorruptCheckpoint, InsufficientDisk, ServiceUnreachable: It cannot be brought from the shared storage.
+        """
+        return self.bring(self.get(reference))
+
+    def bring(self, dataset: StoredDataset) -> StoredDataset:
+        """Bring a data set's file to this node, where storage is shared. Raises as :meth:`fetch` does."""
+        if self._shared is not None:
+            from aidocks.storage.datasets import bring_dataset
+
+            bring_dataset(self._shared, dataset.name)
+        return dataset
 
     def begin(self, filename: str, name: str | None = None, announced: int | None = None) -> Upload:
         """Begin to store a file; the caller writes it, and publishes or discards it.
@@ -158,6 +163,12 @@ class DatasetStore:
             NotFound: There is none of this name or id.
         """
         dataset = self.get(reference)
+        if self._shared is not None:
+            from aidocks.storage.datasets import drop_copy
+
+            self._shared.datasets.remove(dataset.name)
+            drop_copy(self._dir / dataset.name)
+            return dataset
         trash = self._dir / _TRASH / uuid.uuid4().hex
         trash.parent.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):  # somebody else was faster
@@ -168,10 +179,10 @@ class DatasetStore:
 
     def sweep(self) -> None:
         """Remove what deletions and uploads that were killed have left behind."""
-        for leftover in _entries(self._dir / _TRASH):
+        for leftover in entries(self._dir / _TRASH):
             shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in _entries(self.staging):
-            if time.time() - _last_written(leftover) > _STALE_S:
+        for leftover in entries(self.staging):
+            if time.time() - last_written(leftover) > _STALE_S:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _read(self, name: str) -> StoredDataset | None:
@@ -180,12 +191,32 @@ class DatasetStore:
         if directory.is_symlink():
             return None
         try:
-            described = json.loads((directory / DATASET_FILE).read_bytes())
+            described = json.loads(self._description(name))
             path = directory / data_file(described["filename"])
             found = StoredDataset.model_validate(described | {"name": name, "path": path})
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
+        if self._shared is not None:
+            return found
         return found if path.is_file() and not path.is_symlink() else None
+
+    def _description(self, name: str) -> bytes:
+        if self._shared is None:
+            return (self._dir / name / DATASET_FILE).read_bytes()
+        described = self._shared.datasets.read(name)
+        if described is None:
+            raise FileNotFoundError(name)
+        return described
+
+    def _published_bytes(self) -> int:
+        if self._shared is not None:
+            return sum(dataset.bytes for dataset in self.all())
+        return sum(data_bytes(self._dir / name) for name in self.names())
+
+    def _is_taken(self, name: str) -> bool:
+        if self._shared is not None:
+            return self._shared.datasets.read(name, fresh=True) is not None
+        return os.path.lexists(self._dir / name)
 
     def _instead_of(self, reference: str) -> str:
         names = self.names()
@@ -209,7 +240,7 @@ class DatasetStore:
                 value=shorten(name),
                 hint="Use letters, digits, '.', '_' and '-', at most 96; ids (`file-…`) are given, not chosen.",
             )
-        if os.path.lexists(self._dir / name):
+        if self._is_taken(name):
             raise NameTaken(
                 f"There is a data set called {name!r} already.",
                 field="name",
@@ -237,10 +268,10 @@ class DatasetStore:
             )
         if self._max_total is None:
             return self._max_upload
-        places = [self._dir / name for name in self.names()]
+        used = self._published_bytes()
         if not published:
-            places += [place for place in _entries(self.staging) if place != apart_from]
-        left = self._max_total - sum(_data_bytes(place) for place in places)
+            used += sum(data_bytes(place) for place in entries(self.staging) if place != apart_from)
+        left = self._max_total - used
         if wanted > left or left <= 0:
             raise InsufficientDisk(
                 f"All data sets together may have {format_bytes(self._max_total)}; "
@@ -322,6 +353,7 @@ class Upload:
             if self._name != self.id:
                 store.require_free(self._name)
             store.room(self._file.size, published=True)
+            self._share()
             try:
                 os.rename(self._directory, target)
             except OSError as error:
@@ -332,6 +364,15 @@ class Upload:
                 ) from error
             sync_directory(store._dir)
         return described
+
+    def _share(self) -> None:
+        """Publish the file for all nodes, where storage is shared."""
+        if self._store._shared is None:
+            return
+        from aidocks.storage.datasets import publish_dataset
+
+        if not publish_dataset(self._store._shared, self._directory, self._name):
+            raise NameTaken(f"There is a data set called {self._name!r} already.", field="name")
 
     def close(self) -> None:
         """Leave what is there to somebody who goes on with it."""
@@ -347,23 +388,3 @@ def _new_id() -> str:
     while (made := f"file-{secrets.token_hex(12)}").startswith(RESERVED_ID):
         pass
     return made
-
-
-def _entries(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
-
-
-def _data_bytes(directory: Path) -> int:
-    size = 0
-    for path in directory.glob("data.*"):
-        with suppress(FileNotFoundError):
-            size += path.lstat().st_size
-    return size
-
-
-def _last_written(directory: Path) -> float:
-    latest = 0.0
-    for path in (directory, *_entries(directory)):
-        with suppress(FileNotFoundError):
-            latest = max(latest, path.lstat().st_mtime)
-    return latest

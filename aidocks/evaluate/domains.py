@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import state_of
 from aidocks.errors import IncompatibleModels
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.evaluate.perplexity import PerplexityResult
 from aidocks.evaluate.texts import Domain, Split
 from aidocks.plan import Unit, UnitContext
@@ -61,6 +62,10 @@ class MeasureDomains(Unit[DomainResults]):
         names = " + ".join(dict.fromkeys(path.name for path in self.models))
         texts = f"{len(self.domains)} texts" if len(self.domains) > 1 else self.domains[0].name
         return f"{self.subject or names} on {texts} ({self.split.replace('_', '-')})"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(*self.models)
 
     @property
     def weight(self) -> float:

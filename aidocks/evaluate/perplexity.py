@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.evaluate.texts import Split, TextSource
 from aidocks.plan import Unit, UnitContext
 
@@ -139,6 +140,10 @@ class MeasurePerplexity(Unit[PerplexityResult]):
     @property
     def label(self) -> str:
         return f"{self.model.name} on {self.text.name} ({self.split.replace('_', '-')})"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.model)
 
     @property
     def weight(self) -> float:

@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from aidocks.errors import AIDocksError, LeaseLost
+from aidocks.errors import AIDocksError, LeaseLost, TimedOut
 from aidocks.executor import Claim
 from aidocks.jobs.model import EventType, Job, Status
 from aidocks.jobs.observer import Unobserved
+from aidocks.jobs.resume import FIELD as RESUMES
+from aidocks.jobs.retries import Hopeless, wait_before_retry
 from aidocks.jobs.stages import StageRun, UnitLog
 from aidocks.jobs.submit import plan_context
+from aidocks.log import about
 from aidocks.operations import find_operation
 from aidocks.plan import PlanContext, Stage
+from aidocks.storage import forget
 
 if TYPE_CHECKING:
     from aidocks.executor import UnitPool
@@ -49,7 +53,7 @@ async def run_job(
     token: int,
     observer: Observer | None = None,
 ) -> Job:
-    """Run a job to its end, whatever that end is.
+    """Run a job to its end, whatever that end is; or, of a service, until an error that may pass.
 
     Args:
         job: As returned by ``store.claim``: running, under ``token``.
@@ -60,7 +64,7 @@ async def run_job(
         observer: Who is told of the work. Default: nobody.
 
     Returns:
-        The job as it ended: succeeded, failed or cancelled.
+        The job as it ended: succeeded, failed or cancelled. Or queued: it waits for another try.
 
     Raises:
         LeaseLost: Another executor has taken the job over; nothing of it was touched since.
@@ -69,8 +73,9 @@ async def run_job(
     """
     observer = observer or Unobserved()
     run = _JobRun(job, store, settings, pool, token, observer)
-    observer.job_began(job)
-    ended = await _run_to_end(run, job)
+    with about(job.id):
+        observer.job_began(job)
+        ended = await _run_to_end(run, job)
     observer.job_ended(ended)
     return ended
 
@@ -82,13 +87,14 @@ async def _run_to_end(run: _JobRun, job: Job) -> Job:
         return await run.end(Status.CANCELLED)
     except (LeaseLost, OperationalError, InterfaceError):
         raise
+    except Hopeless as hopeless:
+        return await run.fail(hopeless.error)
     except AIDocksError as error:
-        _log.info("job %s failed: %s", job.id, error)
-        return await run.end(Status.FAILED, error=error.problem(f"/jobs/{job.id}"))
+        wait_s = run.wait_before_retry(error)
+        return await (run.fail(error) if wait_s is None else run.put_back(error, wait_s))
     except Exception as error:  # noqa: BLE001 - the job ends with it; the traceback goes to the log
         _log.exception("job %s failed unexpectedly", job.id)
-        problem = AIDocksError(f"{type(error).__name__}: {error}").problem(f"/jobs/{job.id}")
-        return await run.end(Status.FAILED, error=problem)
+        return await run.fail(AIDocksError(f"{type(error).__name__}: {error}"))
     return await run.end(Status.SUCCEEDED, result=result)
 
 
@@ -112,15 +118,19 @@ class _JobRun:
         self._token = token
 
     async def to_result(self) -> BaseModel:
-        """Drive the plan until it returns, or until the cancel flag is seen."""
+        """Drive the plan until it returns, the cancel flag is seen, or time is up."""
         watching = asyncio.create_task(self._watch_cancel_flag())
         driving = asyncio.create_task(self._drive())
         try:
-            await asyncio.wait((watching, driving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (watching, driving), timeout=self._seconds_left(), return_when=asyncio.FIRST_COMPLETED
+            )
             # A job that finished just before its flag was seen has finished.
             if not driving.done():
                 driving.cancel()
                 await asyncio.wait((driving,))
+                if not watching.done():
+                    raise self._timed_out()
                 watching.result()
                 raise _Cancelled
             return driving.result()
@@ -128,6 +138,23 @@ class _JobRun:
             for task in (watching, driving):
                 task.cancel()
             await asyncio.gather(watching, driving, return_exceptions=True)
+
+    def _seconds_left(self) -> float | None:
+        """Return the seconds until the job's time is up, over all attempts; None where it may take any time."""
+        if self._job.timeout_s is None or self._job.started_at is None:
+            return None
+        return max(0.0, self._job.started_at.timestamp() + self._job.timeout_s - time.time())
+
+    def _timed_out(self) -> TimedOut:
+        resumable = RESUMES in find_operation(self._job.operation).spec_type().model_fields
+        return TimedOut(
+            f"The job was not over {self._job.timeout_s:g} seconds after its start.",
+            field="timeout_s",
+            value=self._job.timeout_s,
+            hint=f"Its checkpoints are kept: aidocks jobs resume {self._job.id} --timeout ..."
+            if resumable
+            else "Submit it again with a longer --timeout, or with none.",
+        )
 
     async def _watch_cancel_flag(self) -> None:
         while not (await asyncio.to_thread(self._store.get, self._job.id)).cancel_requested:
@@ -185,6 +212,26 @@ class _JobRun:
     def _say(self, text: str) -> None:
         self._store.append(self._job.id, EventType.MESSAGE, {"text": text}, token=self._token)
 
+    def wait_before_retry(self, error: AIDocksError) -> float | None:
+        """Return the seconds after which the job is tried again, None where it fails now."""
+        if self._job.place == "local":
+            return None  # whoever waits for it sees the error, and can decide
+        wait_s, left_s = wait_before_retry(error, self._job.failures), self._seconds_left()
+        return None if wait_s is None or (left_s is not None and left_s <= wait_s) else wait_s
+
+    async def put_back(self, error: AIDocksError, wait_s: float) -> Job:
+        """Let the job wait for another try. Its journal and its files stay."""
+        _log.info("job %s is tried again in %.0f s: %s", self._job.id, wait_s, error)
+        reason = error.problem(f"/jobs/{self._job.id}")
+        job = await asyncio.to_thread(self._store.put_back, self._job.id, reason, wait_s, token=self._token)
+        if job.status.terminal:  # cancelled meanwhile
+            await asyncio.to_thread(remove_workspace, self._settings, self._job.id)
+        return job
+
+    async def fail(self, error: AIDocksError) -> Job:
+        _log.info("job %s failed: %s", self._job.id, error)
+        return await self.end(Status.FAILED, error=error.problem(f"/jobs/{self._job.id}"))
+
     async def end(
         self, status: Status, *, result: dict[str, Any] | None = None, error: dict[str, Any] | None = None
     ) -> Job:
@@ -205,11 +252,13 @@ class _JobRun:
 def remove_workspace(settings: Settings, job_id: str) -> None:
     """Delete what a job has written outside the registry, but for what it can be resumed from."""
     _remove(settings.workspaces_dir / job_id)
+    forget(settings.workspaces_dir / job_id)
 
 
 def remove_checkpoints(settings: Settings, job_id: str) -> None:
     """Delete what a job could be resumed from."""
     _remove(settings.checkpoints_dir / job_id)
+    forget(settings.checkpoints_dir / job_id)
 
 
 def _remove(directory: Path) -> None:

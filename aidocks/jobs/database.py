@@ -75,6 +75,19 @@ jobs = Table(
 )
 _unfinished = text("status IN ('queued', 'running')")
 Index("jobs_by_status", jobs.c.status, jobs.c.number)
+# All that is asked of those that wait, twice a second: their rows hold specs, and SQLite would walk through them.
+Index(
+    "jobs_to_start",
+    jobs.c.status,
+    jobs.c.place,
+    jobs.c.number,
+    jobs.c.owner,
+    jobs.c.priority,
+    jobs.c.not_before,
+    jobs.c.token,
+    jobs.c.created_at,
+    jobs.c.id,
+)
 # Two unfinished jobs can never be about to create the same model.
 Index(
     "one_job_per_output_name",

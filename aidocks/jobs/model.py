@@ -25,10 +25,11 @@ class Status(StrEnum):
         return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 
-#: Every legal change of status. A running job that is recovered stays running (its ``attempt`` grows).
+#: Every legal change of status. A running job that is recovered stays running (its ``attempt`` grows); one that met
+#: an error which may pass waits again (its ``failures`` grow).
 TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.QUEUED: frozenset({Status.RUNNING, Status.FAILED, Status.CANCELLED}),
-    Status.RUNNING: frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED}),
+    Status.RUNNING: frozenset({Status.QUEUED, Status.SUCCEEDED, Status.FAILED, Status.CANCELLED}),
     Status.SUCCEEDED: frozenset(),
     Status.FAILED: frozenset(),
     Status.CANCELLED: frozenset(),
@@ -75,7 +76,15 @@ class Job(BaseModel):
     progress: Progress | None = None
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = Field(None, description="Problem details (RFC 9457) of a failed job.")
-    attempt: int = Field(0, description="How often execution was begun; more than 1 after a recovery.")
+    attempt: int = Field(
+        0, description="How often execution was begun; more than 1 after a recovery or another try."
+    )
+    failures: int = Field(
+        0, description="How often it was put back into the queue after an error that may pass."
+    )
+    retry_at: datetime | None = Field(
+        None, description="When a job that was put back is tried again, at the earliest."
+    )
     cancel_requested: bool = False
     created_at: datetime
     started_at: datetime | None = None
@@ -95,6 +104,7 @@ class EventType(StrEnum):
     PROGRESS = "progress"  # a Progress
     METRICS = "metrics"  # {unit_id, step, ...}: figures of a unit under way, such as loss and tokens_per_s
     WORKER_LOST = "worker_lost"  # {worker, unit_id, label, reason}
+    RETRYING = "retrying"  # {attempt, reason, wait_s}: the attempt that failed, problem details, seconds until the next
     CANCEL_REQUESTED = "cancel_requested"  # {}
     SUCCEEDED = "succeeded"  # the result
     FAILED = "failed"  # problem details

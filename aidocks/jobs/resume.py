@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from aidocks.errors import Conflict, IllegalTransition, UnknownJob
 from aidocks.jobs.model import Status
 from aidocks.jobs.submit import submit_job
+from aidocks.jobs.terms import LOCAL, Terms
 from aidocks.operations import find_operation
+from aidocks.storage.checkpoints import bring_checkpoints
 from aidocks.training.checkpoints import complete_checkpoints, step_of
 
 if TYPE_CHECKING:
@@ -21,7 +23,15 @@ FIELD = "resume_from_checkpoint"
 
 
 def resume_job(
-    settings: Settings, store: JobStore, job_id: str, *, idempotency_key: str | None = None
+    settings: Settings,
+    store: JobStore,
+    job_id: str,
+    *,
+    idempotency_key: str | None = None,
+    owner: str = LOCAL,
+    priority: int | None = None,
+    timeout_s: float | None = None,
+    most_unfinished: int | None = None,
 ) -> tuple[Job, bool]:
     """Submit a job that goes on where another one was stopped, and makes the model that it was to make.
 
@@ -30,6 +40,10 @@ def resume_job(
         store: Its job store.
         job_id: A job that failed or was cancelled.
         idempotency_key: As of any submission.
+        owner: Of the new job: who resumes, not who submitted the old one.
+        priority: Default: that of the old job.
+        timeout_s: Counted from the start of the new job. Default: as the old one had.
+        most_unfinished: As of any submission.
 
     Returns:
         The new job, and whether this call created it.
@@ -39,8 +53,22 @@ def resume_job(
         AIDocksError: As :func:`resumed_spec`.
     """
     operation, spec = resumed_spec(settings, store, job_id)
-    asked = store.events(job_id, limit=1)[0].data
-    return submit_job(settings, store, operation, spec, idempotency_key=idempotency_key, asked=asked)
+    former = store.get(job_id)
+    terms = Terms(
+        owner=owner,
+        priority=former.priority if priority is None else priority,
+        timeout_s=former.timeout_s if timeout_s is None else timeout_s,
+    )
+    return submit_job(
+        settings,
+        store,
+        operation,
+        spec,
+        idempotency_key=idempotency_key,
+        asked=store.events(job_id, limit=1)[0].data,
+        terms=terms,
+        most_unfinished=most_unfinished,
+    )
 
 
 def resumed_spec(settings: Settings, store: JobStore, job_id: str) -> tuple[str, dict[str, Any]]:
@@ -86,6 +114,7 @@ def _checkpointed(settings: Settings, store: JobStore, job: Job) -> str:
     source: Job | None = job
     seen = set()
     while source is not None and source.id not in seen:
+        bring_checkpoints(settings.checkpoints_dir / source.id)
         if checkpoints_of(settings, source.id):
             return source.id
         seen.add(source.id)

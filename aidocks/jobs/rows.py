@@ -17,7 +17,9 @@ from aidocks.jobs.model import Event, EventType, Job, Status
 
 IDEMPOTENCY_S = 24 * 3600.0
 UNFINISHED = (Status.QUEUED.value, Status.RUNNING.value)
-COLUMNS = tuple(jobs.c[name] for name in Job.model_fields)
+COLUMNS = tuple(
+    jobs.c.not_before.label(name) if name == "retry_at" else jobs.c[name] for name in Job.model_fields
+)
 _ENDINGS = {
     Status.SUCCEEDED: EventType.SUCCEEDED,
     Status.FAILED: EventType.FAILED,
@@ -71,7 +73,7 @@ def _time(seconds: float | None) -> datetime | None:
 
 def _read_job(row: Row[Any]) -> Job:
     values = dict(row._mapping)
-    for name in ("created_at", "started_at", "finished_at"):
+    for name in ("created_at", "started_at", "finished_at", "retry_at"):
         values[name] = _time(values[name])
     return Job.model_validate(values)
 
@@ -117,11 +119,11 @@ def check_token(connection: Connection, token: int) -> None:
         raise lease_lost(token)
 
 
-def check_owner(connection: Connection, job_id: str, token: int) -> Job:
+def check_executor(connection: Connection, job_id: str, token: int) -> Job:
     check_token(connection, token)
     job = load(connection, job_id, lock=True)
-    owner = connection.scalar(select(jobs.c.token).where(jobs.c.id == job_id))
-    if owner != token:
+    executor = connection.scalar(select(jobs.c.token).where(jobs.c.id == job_id))
+    if executor != token:
         raise lease_lost(token)
     return job
 
@@ -138,8 +140,8 @@ def end(
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
 
 
-def remembered(connection: Connection, operation: str, key: str, body_hash: str) -> Job | None:
-    mine = (jobs.c.operation == operation) & (jobs.c.idempotency_key == key)
+def remembered(connection: Connection, owner: str, operation: str, key: str, body_hash: str) -> Job | None:
+    mine = (jobs.c.owner == owner) & (jobs.c.operation == operation) & (jobs.c.idempotency_key == key)
     expired = jobs.c.created_at < time.time() - IDEMPOTENCY_S
     connection.execute(update(jobs).where(mine, expired).values(idempotency_key=None))
     row = connection.execute(select(jobs.c.id, jobs.c.body_hash).where(mine)).first()

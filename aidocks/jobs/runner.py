@@ -15,13 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aidocks.errors import IllegalTransition, LeaseLost, UnknownJob, WorkerLost
+from aidocks.errors import IllegalTransition, LeaseLost, WorkerLost
 from aidocks.executor import InProcessPool
-from aidocks.jobs.attempt import remove_checkpoints, remove_workspace, run_job
+from aidocks.jobs.attempt import remove_workspace, run_job
 from aidocks.jobs.model import Event, Job, Status
-from aidocks.jobs.resume import FIELD as RESUMES
 from aidocks.jobs.store import LEASE_S, JobStore
 from aidocks.jobs.submit import submit_job
+from aidocks.jobs.terms import build_terms
 
 if TYPE_CHECKING:
     from aidocks.executor import UnitPool
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 __all__ = [
     "end_orphans",
     "process_name",
-    "remove_leftovers",
-    "remove_workspace",
     "run_job",
     "run_locally",
     "submit_job",
@@ -49,6 +47,7 @@ def run_locally(
     settings: Settings,
     on_event: Callable[[Event], None] | None = None,
     processes: ComputeProcesses | None = None,
+    timeout_s: float | None = None,
 ) -> Job:
     """Submit a job to this process and run it to its end.
 
@@ -60,6 +59,7 @@ def run_locally(
         settings: Of the installation: registry, workspaces and job store are the same as a service's.
         on_event: Called with every event of the job, in order, from another thread.
         processes: That compute what can be divided; they may be ended. Without, this process computes alone.
+        timeout_s: Seconds after its first start at which the job is ended as failed. Default: it takes its time.
 
     Returns:
         The job as it ended.
@@ -70,9 +70,10 @@ def run_locally(
     """
     store = JobStore(settings.store_url)
     try:
-        job = _orphan_to_continue(store, settings, operation, spec)
+        job = _orphan_to_continue(store, settings, operation, spec, timeout_s)
         if job is None:
-            job, _ = submit_job(settings, store, operation, spec, place="local")
+            terms = build_terms(timeout_s=timeout_s)
+            job, _ = submit_job(settings, store, operation, spec, place="local", terms=terms)
         return _run_with_events(job, store, settings, on_event, InProcessPool(processes))
     finally:
         store.close()
@@ -136,15 +137,25 @@ def _claim_and_run(job: Job, store: JobStore, settings: Settings, pool: UnitPool
         raise
 
 
-def _orphan_to_continue(store: JobStore, settings: Settings, operation: str, spec: Spec) -> Job | None:
-    body = spec.model_dump(mode="json")
+def _orphan_to_continue(
+    store: JobStore, settings: Settings, operation: str, spec: Spec, timeout_s: float | None
+) -> Job | None:
+    asked = (operation, spec.model_dump(mode="json"), timeout_s)
     chosen = None
     for job in _orphans(store):
-        if chosen is None and (job.operation, job.spec) == (operation, body) and not job.cancel_requested:
+        same = (job.operation, job.spec, job.timeout_s) == asked and not job.cancel_requested
+        if chosen is None and same and not _is_overdue(job):
             chosen = job
         else:
             _fail_orphan(store, settings, job)
     return chosen
+
+
+def _is_overdue(job: Job) -> bool:
+    """Say whether a job's time was up while nobody ran it."""
+    if job.timeout_s is None or job.started_at is None:
+        return False
+    return time.time() > job.started_at.timestamp() + job.timeout_s
 
 
 def _orphans(store: JobStore) -> list[Job]:
@@ -168,41 +179,6 @@ def _fail_orphan(store: JobStore, settings: Settings, job: Job) -> Job:
     ended = store.transition(job.id, status, token=token, error=problem)
     store.release_lease(token)
     return ended
-
-
-def remove_leftovers(store: JobStore, settings: Settings) -> None:
-    """Remove what nobody needs any more of jobs that have ended.
-
-    Workspaces, where an executor died between a job's end and their removal; checkpoints, when the job has succeeded
-    or ended so long ago that nobody will resume it. Nothing is kept for ever for a job that the store does not know.
-    """
-    for workspace in settings.workspaces_dir.glob("job-*"):
-        with suppress(UnknownJob):
-            if store.get(workspace.name).status.terminal:
-                remove_workspace(settings, workspace.name)
-    kept_until = time.time() - settings.checkpoint_retention_days * 86_400
-    for checkpoints in settings.checkpoints_dir.glob("job-*"):
-        if _is_useless(checkpoints, store, kept_until):
-            remove_checkpoints(settings, checkpoints.name)
-
-
-def _is_useless(checkpoints: Path, store: JobStore, kept_until: float) -> bool:
-    try:
-        job = store.get(checkpoints.name)
-    except UnknownJob:
-        with suppress(FileNotFoundError):
-            return checkpoints.stat().st_mtime < kept_until
-        return False
-    if not job.status.terminal or _is_resumed(job.id, store):
-        return False
-    ended = job.finished_at.timestamp() if job.finished_at else time.time()
-    return job.status is Status.SUCCEEDED or ended < kept_until
-
-
-def _is_resumed(job_id: str, store: JobStore) -> bool:
-    """Say whether a job under way began from the checkpoints of this one."""
-    running = [*store.unfinished("service"), *store.unfinished("local")]
-    return any(job.spec.get(RESUMES) == job_id for job in running)
 
 
 def lease_place(job_id: str) -> str:

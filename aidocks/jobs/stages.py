@@ -15,7 +15,9 @@ from aidocks.checkpoints.files import OutputFile, hash_file
 from aidocks.errors import NotFound, WorkerLost
 from aidocks.jobs.model import EventType, Job, Progress
 from aidocks.jobs.pace import Pace
+from aidocks.jobs.retries import Hopeless
 from aidocks.plan import GangUnit, PlanContext, Stage, Unit
+from aidocks.storage import bring_back, bring_file, is_kept
 from aidocks.telling import StoryReader, Told
 
 if TYPE_CHECKING:
@@ -153,6 +155,8 @@ class StageRun:
         )
         open_ids = [unit_id for unit_id in self._units if unit_id not in self._results]
         await self._run_all(open_ids)
+        # Plans look at what units have written; where nodes share no file system, that is elsewhere.
+        await asyncio.to_thread(bring_back, self._context.workspace)
         await self._log.progress(self._progress(None))
         return [self._results[unit_id] for unit_id in self._ids]
 
@@ -190,7 +194,8 @@ class StageRun:
                 break
             except WorkerLost as error:
                 if isinstance(unit, GangUnit):
-                    raise  # it has told of each death, and was begun anew as often as it may be
+                    # It has told of each death, and was begun anew as often as the request allows.
+                    raise Hopeless(error) from error
                 await self._log.lost(unit, unit_id, error)
                 if losses > WORKER_LOSSES:
                     raise WorkerLost(
@@ -235,12 +240,14 @@ class StageRun:
             yield
             return
         self._pace.forget(unit_id)
-        reader = await asyncio.to_thread(StoryReader, unit.story, resume=True)
+        story = unit.story
+        reader = await asyncio.to_thread(StoryReader, story, resume=True)
         ended = asyncio.Event()
 
         async def follow() -> None:
             while True:
                 last = ended.is_set()
+                await asyncio.to_thread(bring_file, story)
                 lines = await asyncio.to_thread(reader.read)
                 await self._retell(lines, unit, unit_id)
                 if lines:
@@ -299,5 +306,7 @@ def _is_intact(output: OutputFile, workspace: Path, published: Path | None) -> b
         path = published / path.relative_to(staged)
     try:
         return path.stat().st_size == output.bytes and hash_file(path) == output.sha256
+    except FileNotFoundError:
+        return is_kept(output.path, output.bytes, output.sha256)  # by the node that wrote it
     except OSError:
         return False

@@ -7,20 +7,21 @@ raises :class:`~aidocks.errors.LeaseLost`. So an executor that was thought dead 
 
 from __future__ import annotations
 
-import builtins
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from sqlalchemy import delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from aidocks.errors import IllegalTransition, NameTaken
-from aidocks.jobs import rows
-from aidocks.jobs.database import Database, events, jobs, leases, meta, units
+from aidocks.jobs import queue, rows
+from aidocks.jobs.database import events, jobs, leases, meta, units
 from aidocks.jobs.model import TRANSITIONS, Event, EventType, Job, Place, Progress, Status
-from aidocks.jobs.rows import Lease, UnitRecord
+from aidocks.jobs.queue import UNLIMITED, Limits, Waiting
+from aidocks.jobs.reading import JobReader
+from aidocks.jobs.terms import USUAL, Terms
 
 LEASE_S = 15.0
 
@@ -30,20 +31,14 @@ def new_job_id() -> str:
     return f"job-{time.time_ns() // 1_000_000:011x}-{secrets.token_hex(4)}"
 
 
-class JobStore:
+class JobStore(JobReader):
     """Jobs in a database that several processes share.
 
     Args:
         url: SQLAlchemy URL, ``sqlite:///path`` or ``postgresql://...``.
     """
 
-    def __init__(self, url: str) -> None:
-        self._database = Database(url)
-
-    def close(self) -> None:
-        self._database.close()
-
-    # Submission and reading: any process.
+    # Submission: any process.
 
     def submit(
         self,
@@ -58,6 +53,8 @@ class JobStore:
         job_id: str | None = None,
         guard: Callable[[], None] | None = None,
         asked: dict[str, Any] | None = None,
+        terms: Terms = USUAL,
+        limits: Limits = UNLIMITED,
     ) -> tuple[Job, bool]:
         """Insert a queued job and reserve the name of its output.
 
@@ -67,12 +64,13 @@ class JobStore:
             output_name: Registry name that the job will create.
             output_field: Field of the spec to blame when that name is taken.
             place: Who is to execute it.
-            idempotency_key: The same key and body within 24 hours return the job that exists.
+            idempotency_key: The same key and body of the same owner within 24 hours return the job that exists.
             inputs: Registry names that the job reads.
             job_id: Id for the job, where its maker needed one beforehand.
-            guard: Called once the name is reserved, inside the transaction; when it raises, there is no job.
-                What it finds free can be taken by no other job.
+            guard: Called in the transaction, once the name is reserved; when it raises, there is no job.
             asked: Kept as the data of the job's first event.
+            terms: Owner, priority and time limit.
+            limits: How many jobs may be there already.
 
         Returns:
             The job, and whether this call created it.
@@ -80,8 +78,10 @@ class JobStore:
         Raises:
             NameTaken: An unfinished job will create a model of this name.
             IdempotencyMismatch: The key was used for another body.
+            TooBusy: As many jobs wait as may (QueueFull), or the owner has as many as it may have (QuotaExceeded).
         """
         row = {
+            **terms.model_dump(),
             "id": job_id or new_job_id(),
             "operation": operation,
             "status": Status.QUEUED.value,
@@ -94,7 +94,7 @@ class JobStore:
         }
         for attempt in range(3):
             try:
-                return self._insert(row, output_field, guard, asked or {})
+                return self._insert(row, output_field, guard, asked or {}, limits)
             except IntegrityError:
                 # Another process inserted the same key or name in this moment; the next look finds out which.
                 if attempt == 2:
@@ -102,15 +102,20 @@ class JobStore:
         raise AssertionError("unreachable")
 
     def _insert(
-        self, row: dict[str, Any], output_field: str, guard: Callable[[], None] | None, asked: dict[str, Any]
+        self,
+        row: dict[str, Any],
+        output_field: str,
+        guard: Callable[[], None] | None,
+        asked: dict[str, Any],
+        limits: Limits,
     ) -> tuple[Job, bool]:
         with self._database.durable() as connection:
             if row["idempotency_key"]:
-                known = rows.remembered(
-                    connection, row["operation"], row["idempotency_key"], row["body_hash"]
-                )
+                names = ("owner", "operation", "idempotency_key", "body_hash")
+                known = rows.remembered(connection, *(row[name] for name in names))
                 if known is not None:
                     return known, False
+            queue.admit(connection, row["owner"], limits)
             holder = rows.name_holder(connection, row["output_name"])
             if holder is not None:
                 raise NameTaken(
@@ -125,89 +130,16 @@ class JobStore:
             rows.append(connection, row["id"], EventType.QUEUED, asked)
             return rows.load(connection, row["id"]), True
 
-    def find_idempotent(self, operation: str, key: str, spec: dict[str, Any]) -> Job | None:
-        """Return the job that was submitted with this key, if it is remembered.
+    def find_idempotent(
+        self, operation: str, key: str, spec: dict[str, Any], owner: str = USUAL.owner
+    ) -> Job | None:
+        """Return the job that ``owner`` submitted with this key, if it is remembered.
 
         Raises:
             IdempotencyMismatch: The key was used for another body.
         """
         with self._database.durable() as connection:
-            return rows.remembered(connection, operation, key, rows.body_hash(spec))
-
-    def get(self, job_id: str) -> Job:
-        """Return one job.
-
-        Raises:
-            UnknownJob: There is none of this id.
-        """
-        with self._database.read() as connection:
-            return rows.load(connection, job_id)
-
-    def list(
-        self,
-        status: Status | str | None = None,
-        operation: str | None = None,
-        limit: int = 50,
-        before: str | None = None,
-        output_name: str | None = None,
-    ) -> builtins.list[Job]:
-        """Return jobs, newest first, from the one after ``before`` on."""
-        query = select(*rows.COLUMNS).order_by(jobs.c.number.desc()).limit(limit)
-        if status is not None:
-            query = query.where(jobs.c.status == Status(status).value)
-        for column, wanted in ((jobs.c.operation, operation), (jobs.c.output_name, output_name)):
-            if wanted is not None:
-                query = query.where(column == wanted)
-        with self._database.read() as connection:
-            if before is not None:
-                number = connection.scalar(select(jobs.c.number).where(jobs.c.id == before))
-                if number is None:
-                    raise rows.unknown_job(before, field="before")
-                query = query.where(jobs.c.number < number)
-            return rows.read_jobs(connection, query)
-
-    def events(self, job_id: str, after: int = 0, limit: int = 500) -> builtins.list[Event]:
-        """Return the events of a job whose sequence is greater than ``after``, oldest first."""
-        query = (
-            select(events)
-            .where(events.c.job_id == job_id, events.c.sequence > after)
-            .order_by(events.c.sequence)
-            .limit(limit)
-        )
-        with self._database.read() as connection:
-            found = connection.execute(query).all()
-            if not found:
-                rows.load(connection, job_id)
-            return [rows.read_event(*row) for row in found]
-
-    def last_sequence(self, job_id: str) -> int:
-        """Return the sequence of the newest event of a job."""
-        with self._database.read() as connection:
-            last = connection.scalar(select(jobs.c.last_sequence).where(jobs.c.id == job_id))
-        if last is None:
-            raise rows.unknown_job(job_id)
-        return int(last)
-
-    def units(self, job_id: str) -> dict[str, UnitRecord]:
-        """Return the journal of a job: every finished unit, by unit id."""
-        columns = (
-            units.c.unit_id,
-            units.c.stage,
-            units.c.label,
-            units.c.result,
-            units.c.seconds,
-            units.c.worker,
-        )
-        with self._database.read() as connection:
-            found = connection.execute(select(*columns).where(units.c.job_id == job_id)).all()
-        return {row.unit_id: UnitRecord(*row) for row in found}
-
-    def model_in_use(self, name: str) -> builtins.list[str]:
-        """Return the ids of the unfinished jobs that read or create the registry model ``name``."""
-        query = select(jobs.c.id, jobs.c.output_name, jobs.c.inputs).where(jobs.c.status.in_(rows.UNFINISHED))
-        with self._database.read() as connection:
-            found = connection.execute(query.order_by(jobs.c.number)).all()
-        return [row.id for row in found if name == row.output_name or name in row.inputs]
+            return rows.remembered(connection, owner, operation, key, rows.body_hash(spec))
 
     def request_cancel(self, job_id: str) -> Job:
         """Cancel a queued job at once; ask the executor of a running one to stop.
@@ -270,36 +202,13 @@ class JobStore:
         with self._database.relaxed() as connection:
             connection.execute(update(leases).where(leases.c.token == token).values(expires=0.0))
 
-    def lease(self, place: str) -> Lease | None:
-        """Return the newest lease of a place."""
-        with self._database.read() as connection:
-            row = connection.execute(select(leases).where(leases.c.place == place)).first()
-        return None if row is None else Lease(*row)
+    def waiting(self, place: Place, token: int) -> list[Waiting]:
+        """Return the jobs of ``place`` that whoever holds ``token`` may start now, oldest first.
 
-    def unfinished(self, place: Place) -> builtins.list[Job]:
-        """Return the queued and running jobs of ``place``, oldest first."""
-        mine = (jobs.c.place == place) & jobs.c.status.in_(rows.UNFINISHED)
-        with self._database.read() as connection:
-            return rows.read_jobs(connection, select(*rows.COLUMNS).where(mine).order_by(jobs.c.number))
-
-    def claimable(self, place: str, token: int | None = None) -> builtins.list[Job]:
-        """Return the jobs of ``place`` that wait, or that a former executor left running, oldest first.
-
-        Args:
-            place: As in a job.
-            token: Jobs running under this token are not left behind. Default: that of the place's lease.
+        They wait, and not for a later try; or a former executor left them running.
         """
-        newest = select(func.coalesce(func.max(leases.c.token), 0)).where(leases.c.place == place)
-        present = newest.scalar_subquery() if token is None else token
-        abandoned = (jobs.c.status == Status.RUNNING.value) & (jobs.c.token < present)
-        waiting = jobs.c.status == Status.QUEUED.value
-        query = (
-            select(*rows.COLUMNS)
-            .where(jobs.c.place == place, or_(waiting, abandoned))
-            .order_by(jobs.c.number)
-        )
         with self._database.read() as connection:
-            return rows.read_jobs(connection, query)
+            return queue.startable(connection, place, token)
 
     def claim(self, job_id: str, token: int) -> Job | None:
         """Make a waiting or abandoned job running under ``token``; None when it is neither.
@@ -317,6 +226,7 @@ class JobStore:
                     status=Status.RUNNING.value,
                     token=token,
                     attempt=jobs.c.attempt + 1,
+                    not_before=None,
                     started_at=func.coalesce(jobs.c.started_at, time.time()),
                 )
             )
@@ -366,7 +276,8 @@ class JobStore:
         record = {"stage": stage, "label": label, "result": result, "seconds": seconds, "worker": worker}
         data = {"stage": stage, "unit_id": unit_id, "label": label, "worker": worker, "seconds": seconds}
         with self._database.durable() as connection:
-            rows.check_owner(connection, job_id, token)
+            if rows.check_executor(connection, job_id, token).status is not Status.RUNNING:
+                raise rows.lease_lost(token)
             mine = (units.c.job_id == job_id) & (units.c.unit_id == unit_id)
             replaced = update(units).where(mine).values(**record, finished_at=time.time())
             if connection.execute(replaced).rowcount:
@@ -391,10 +302,73 @@ class JobStore:
             LeaseLost: The job does not run under ``token``.
         """
         with self._database.durable() as connection:
-            job = rows.check_owner(connection, job_id, token)
+            job = rows.check_executor(connection, job_id, token)
             if to not in TRANSITIONS[job.status] or not to.terminal:
-                raise IllegalTransition(
-                    f"The job {job_id} is {job.status.value}; it cannot become {to.value}."
-                )
+                raise _illegal(job, to)
             rows.end(connection, job_id, to, result, error)
             return rows.load(connection, job_id)
+
+    def put_back(self, job_id: str, reason: dict[str, Any], wait_s: float, *, token: int) -> Job:
+        """Let a job that runs under ``token`` wait for another try; its journal stays.
+
+        Args:
+            job_id: Of the job.
+            reason: Why, as problem details.
+            wait_s: Seconds before which it is not started again.
+            token: The executor's.
+
+        Returns:
+            The job: queued; or cancelled, where that was asked for.
+
+        Raises:
+            IllegalTransition: It does not run.
+            LeaseLost: It does not run under ``token``.
+        """
+        with self._database.durable() as connection:
+            job = rows.check_executor(connection, job_id, token)
+            if Status.QUEUED not in TRANSITIONS[job.status]:
+                raise _illegal(job, Status.QUEUED)
+            if job.cancel_requested:
+                rows.end(connection, job_id, Status.CANCELLED, None, None)
+            else:
+                data = {"attempt": job.attempt, "reason": reason, "wait_s": round(wait_s, 1)}
+                rows.append(connection, job_id, EventType.RETRYING, data, token)
+                # Under no token: whoever held it has nothing more to say of the job.
+                waiting = {"status": Status.QUEUED.value, "token": 0, "not_before": time.time() + wait_s}
+                again = update(jobs).where(jobs.c.id == job_id)
+                connection.execute(again.values(**waiting, failures=jobs.c.failures + 1))
+            return rows.load(connection, job_id)
+
+    # Retention: the service.
+
+    def remove_ended(self, before: float, keep: Collection[str] = (), limit: int = 50) -> list[str]:
+        """Remove the oldest jobs that ended before a time, with their events and journals.
+
+        Jobs whose idempotency key may still be asked for stay.
+
+        Args:
+            before: Seconds since the epoch.
+            keep: Ids of jobs that stay.
+            limit: How many are removed at most, in one transaction.
+
+        Returns:
+            Their ids.
+        """
+        ended = [status.value for status in Status if status.terminal]
+        askable = time.time() - rows.IDEMPOTENCY_S
+        query = (
+            select(jobs.c.id)
+            .where(jobs.c.status.in_(ended), jobs.c.finished_at < before, jobs.c.id.not_in(keep))
+            .where(or_(jobs.c.idempotency_key.is_(None), jobs.c.created_at < askable))
+            .order_by(jobs.c.number)
+            .limit(limit)
+        )
+        with self._database.durable() as connection:
+            ids = list(connection.scalars(query))
+            for table, column in ((events, events.c.job_id), (units, units.c.job_id), (jobs, jobs.c.id)):
+                connection.execute(delete(table).where(column.in_(ids)))
+        return ids
+
+
+def _illegal(job: Job, to: Status) -> IllegalTransition:
+    return IllegalTransition(f"The job {job.id} is {job.status.value}; it cannot become {to.value}.")

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aidocks.access.redaction import refuse_secrets
 from aidocks.errors import NameTaken, UnknownJob
+from aidocks.jobs.terms import USUAL, Terms
 from aidocks.operations import find_operation
 from aidocks.plan import Operation, PlanContext
 from aidocks.specs.base import Spec
@@ -27,6 +29,8 @@ def submit_job(
     place: Place = "service",
     idempotency_key: str | None = None,
     asked: dict[str, Any] | None = None,
+    terms: Terms = USUAL,
+    most_unfinished: int | None = None,
 ) -> tuple[Job, bool]:
     """Check a spec as far as can be done without work, and insert its job.
 
@@ -36,8 +40,11 @@ def submit_job(
         operation_name: Registered name of the operation.
         spec: The request; a mapping is validated first.
         place: Who is to execute the job.
-        idempotency_key: The same key and spec within 24 hours return the job that exists.
+        idempotency_key: The same key and spec of the same owner within 24 hours return the job that exists,
+            whatever the terms.
         asked: What the caller said in words of another interface, kept in the job's first event.
+        terms: Owner, priority and time limit of the job.
+        most_unfinished: How many unfinished jobs its owner may have. Default: any number.
 
     Returns:
         The job, and whether this call created it.
@@ -46,37 +53,60 @@ def submit_job(
         InvalidSpec: The spec cannot succeed as it stands (or a kin of it: unknown model, path not allowed).
         NameTaken: The output's name is in the registry, or a job under way will create it.
         IdempotencyMismatch: The key was used for another spec.
+        QueueFull: As many jobs wait as may.
+        QuotaExceeded: The owner has ``most_unfinished`` jobs.
     """
+    from aidocks.jobs.queue import UNLIMITED, Limits
+
     registration = find_operation(operation_name)
     operation = registration.load()
     checked = spec if isinstance(spec, Spec) else build_spec(operation.spec_type, spec)
     body = checked.model_dump(mode="json")
+    refuse_secrets(body | (asked or {}))
     if idempotency_key is not None:
         # Before any check: what that job has made since must not speak against it now.
-        known = store.find_idempotent(registration.name, idempotency_key, body)
+        known = store.find_idempotent(registration.name, idempotency_key, body, terms.owner)
         if known is not None:
             return known, False
+    told = {
+        "place": place,
+        "idempotency_key": idempotency_key,
+        "asked": asked,
+        "terms": terms,
+        "limits": Limits(settings.max_queued_jobs, most_unfinished) if place == "service" else UNLIMITED,
+    }
+    return _insert(settings, store, registration.name, operation, checked, body, told)
+
+
+def _insert(
+    settings: Settings,
+    store: JobStore,
+    name: str,
+    operation: Operation[Any, Any],
+    spec: Spec,
+    body: dict[str, Any],
+    told: Mapping[str, Any],
+) -> tuple[Job, bool]:
+    """Insert a job of which nothing in the world speaks against it."""
     from aidocks.jobs.store import new_job_id
 
     job_id = new_job_id()
     context = plan_context(settings, job_id)
-    inputs = _registry_inputs(operation, checked, context)
-    output_name = operation.output_name(checked, job_id)
+    inputs = _registry_inputs(operation, spec, context)
+    output_name = operation.output_name(spec, job_id)
 
     require_free_name = partial(_require_free_name, output_name, operation.output_field, context)
     require_free_name()
-    operation.preflight(checked, context)
+    operation.preflight(spec, context)
     return store.submit(
-        registration.name,
+        name,
         body,
         output_name=output_name,
         output_field=operation.output_field,
-        place=place,
-        idempotency_key=idempotency_key,
         inputs=inputs,
         job_id=job_id,
         guard=require_free_name,
-        asked=asked,
+        **told,
     )
 
 

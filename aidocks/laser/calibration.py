@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from aidocks.checkpoints.files import OutputFile
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.evaluate.objectives import ObjectiveSource
 from aidocks.laser.matrices import Matrix
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
@@ -136,6 +137,10 @@ class CollectCovariances(WritingUnit):
         first, count = self.matrices[0], len(self.matrices)
         of = first if count == 1 else f"{count} matrices from {first} on"
         return f"inputs of {of}, share {self.shard + 1} of {self.shards}"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.checkpoint)
 
     def run(self, context: UnitContext) -> WrittenFiles:
         from aidocks.evaluate.causal_lm import load_cached

@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.evaluate.measurements import Pairs, decide
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.evaluate.objectives import ObjectiveSource, Part
 from aidocks.laser.matrices import Reduction
 from aidocks.plan import Unit, UnitContext
@@ -68,6 +69,10 @@ class MeasureChange(Unit[Change]):
     @property
     def label(self) -> str:
         return self.subject
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.checkpoint)
 
     @property
     def weight(self) -> float:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.evaluate.objectives import ObjectiveSource
 from aidocks.plan import Unit, UnitContext
 from aidocks.specs.laser import Truncation
@@ -140,6 +141,10 @@ class ScreenCandidates(Unit[Screened]):
     @property
     def label(self) -> str:
         return f"gradients of {self.objective.label}, share {self.group + 1} of {self.groups}"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.checkpoint)
 
     def run(self, context: UnitContext) -> Screened:
         from aidocks.evaluate.causal_lm import load_cached

@@ -16,7 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aidocks.errors import CorruptCheckpoint, IncompatibleModels, MissingExtra, NameTaken, NotFound
+from aidocks.errors import (
+    AIDocksError,
+    CorruptCheckpoint,
+    IncompatibleModels,
+    MissingExtra,
+    NameTaken,
+    NotFound,
+)
 from aidocks.models.gguf_tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
@@ -116,9 +123,18 @@ def convert_gguf(gguf: Path, directory: Path) -> Mapping[str, Any]:
     Raises:
         As :func:`import_gguf`.
     """
+    try:
+        return _convert(_GGUFFile(gguf), directory)
+    except AIDocksError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Sizes, kinds and numbers of tokens that do not fit together: no reader of it checks them all beforehand.
+        raise CorruptCheckpoint(f"{gguf.name} contradicts itself: {str(error)[:200]}.") from error
+
+
+def _convert(file: _GGUFFile, directory: Path) -> Mapping[str, Any]:
     from aidocks.checkpoints.writer import ShardWriter, TensorPlan, plan_shards, write_index
 
-    file = _GGUFFile(gguf)
     config = file.config()
     tensors = {file.hf_name(tensor.name): tensor for tensor in file.tensors}
     plans = [

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import UNFINISHED
 from aidocks.checkpoints.layout import CONFIG_FILE, read_json_object, weights_present
-from aidocks.errors import HubRefused, UnknownModel, UnsafeCheckpoint
+from aidocks.errors import HubRefused, HubUnavailable, UnknownModel, UnsafeCheckpoint
 from aidocks.models.manifest import MANIFEST_FILE
 from aidocks.models.resolve import HUB_DUPLICATES, HUB_FILES, HUB_TASKS, parse_hub_id
 from aidocks.plan import PlanContext, Stage, Unit, UnitContext
@@ -24,6 +24,10 @@ from aidocks.plan import PlanContext, Stage, Unit, UnitContext
 HubKind = Literal["model", "data set"]
 #: Welcome, but a model is complete without them.
 _PAPERS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_WITHOUT_HUB = {
+    "model": "import a directory: aidocks models import.",
+    "data set": "add a file that is here: aidocks datasets add.",
+}
 _GET_ACCESS = "Create a token in your account's settings on the hub, and set HF_TOKEN where the service runs."
 
 
@@ -206,27 +210,23 @@ def explaining(repo: str, verb: str, what: HubKind = "model", *, field: str | No
         field: Spec field to blame.
 
     Raises:
-        HubRefused: The hub does not give or take it, or cannot be reached.
+        HubRefused: The hub does not give or take it, or this machine does not ask hubs (HF_HUB_OFFLINE).
+        HubUnavailable: It cannot be reached, limits requests, or failed.
         UnknownModel: It has no such revision.
     """
     import httpx
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     page = _page(repo, what)
 
-    def refused(message: str, hint: str) -> HubRefused:
-        return HubRefused(message, field=field, value=repo, hint=hint)
+    def refused(message: str, hint: str, kind: type[HubRefused] = HubRefused) -> HubRefused:
+        return kind(message, field=field, value=repo, hint=hint)
 
-    def unreachable() -> HubRefused:
-        return refused(
-            f"The hub cannot be reached for the {what} {repo}.",
-            "Check the network and HF_HUB_OFFLINE, or "
-            + (
-                "import a directory: aidocks models import."
-                if what == "model"
-                else "add a file that is here: aidocks datasets add."
-            ),
-        )
+    def unreachable(offline: bool = False) -> HubRefused:
+        # What the machine's owner has switched off does not come back by itself.
+        kind = HubRefused if offline else HubUnavailable
+        hint = f"Check the network and HF_HUB_OFFLINE, or {_WITHOUT_HUB[what]}"
+        return refused(f"The hub cannot be reached for the {what} {repo}.", hint, kind)
 
     try:
         yield
@@ -251,31 +251,40 @@ def explaining(repo: str, verb: str, what: HubKind = "model", *, field: str | No
         # Raised for whatever went wrong when there is nothing in the cache to fall back on.
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             raise refused(*_refusal(repo, verb, error.__cause__)) from error
-        raise unreachable() from error
+        raise unreachable(constants.is_offline_mode()) from error
     except errors.HfHubHTTPError as error:
         raise refused(*_refusal(repo, verb, error)) from error
-    except (errors.OfflineModeIsEnabled, httpx.TransportError, ConnectionError, TimeoutError) as error:
+    except errors.OfflineModeIsEnabled as error:  # a ConnectionError, too
+        raise unreachable(offline=True) from error
+    except (httpx.TransportError, ConnectionError, TimeoutError) as error:
         raise unreachable() from error
 
 
-def _refusal(repo: str, verb: str, error: Any) -> tuple[str, str]:
-    """Return what the hub's answer means, and what to do."""
+def _refusal(repo: str, verb: str, error: Any) -> tuple[str, str, type[HubRefused]]:
+    """Return what the hub's answer means, what to do, and whether it may pass."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return f"The hub does not accept the token (401) to {verb} {repo}.", _GET_ACCESS
+        return f"The hub does not accept the token (401) to {verb} {repo}.", _GET_ACCESS, HubRefused
     if status == 403:
         return (
             f"The token's account may not {verb} {repo} (403).",
             "Use a token with write access to that user or organisation."
             if verb == "upload"
             else "Ask its owner for access, and use a token of the account that has it.",
+            HubRefused,
         )
     if status == 429:
         return (
             f"The hub limits requests (429) for {repo}.",
             "Wait a few minutes; a token raises the limit.",
+            HubUnavailable,
         )
-    return f"The hub answered {status or 'with an error'} to the {verb} of {repo}.", "Try again later."
+    passes = status is None or status >= 500 or status == 408
+    return (
+        f"The hub answered {status or 'with an error'} to the {verb} of {repo}.",
+        "Try again later.",
+        HubUnavailable if passes else HubRefused,
+    )
 
 
 def _page(repo: str, what: HubKind) -> str:

@@ -7,8 +7,10 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -18,6 +20,10 @@ from aidocks.errors import CorruptCheckpoint, NameTaken, NotFound, PathNotAllowe
 from aidocks.models.card import CARD_FILE, card, read_license
 from aidocks.models.manifest import IMPORT, MANIFEST_FILE, Manifest, ManifestFile, ModelInfo, Parent
 from aidocks.models.names import close_names, is_model_name, refuse_tricks, shorten
+from aidocks.storage import shared
+
+if TYPE_CHECKING:
+    from aidocks.storage.models import SharedModels
 
 __all__ = ["MANIFEST_FILE", "Manifest", "ManifestFile", "ModelInfo", "Parent", "Registry"]
 
@@ -27,7 +33,7 @@ _STALE_S = 24 * 3600.0
 
 
 class Registry:
-    """The models of this installation.
+    """The models of this installation: what is in its directory or, where storage is shared, what the storage has.
 
     Args:
         models_dir: One sub-directory per model; made when something is published.
@@ -37,9 +43,17 @@ class Registry:
     def __init__(self, models_dir: Path, cache_dir: Path | None = None) -> None:
         self._models_dir = models_dir.absolute()
         self._cache_dir = cache_dir or self._models_dir.parent / "cache"
+        self._shared: SharedModels | None = None
+        here = shared(self._models_dir)
+        if here is not None:
+            from aidocks.storage.models import SharedModels
+
+            self._shared = SharedModels(here, self._models_dir)
 
     def names(self) -> list[str]:
-        """Return the names of all models, sorted."""
+        """Return the names of all models, sorted; those that another node just published, a moment later."""
+        if self._shared is not None:
+            return self._shared.names()
         try:
             found = [entry.name for entry in os.scandir(self._models_dir) if is_model_name(entry.name)]
         except FileNotFoundError:
@@ -77,7 +91,7 @@ class Registry:
         """Return what is known of a model. Raises as :meth:`get` does."""
         path = self.path(name) / MANIFEST_FILE
         try:
-            return Manifest.model_validate_json(path.read_bytes())
+            return Manifest.model_validate_json(self._document(path, name))
         except (OSError, ValidationError) as error:
             flaw = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
             raise CorruptCheckpoint(
@@ -87,12 +101,12 @@ class Registry:
             ) from error
 
     def path(self, name: str) -> Path:
-        """Return a model's directory.
+        """Return a model's directory. Where storage is shared, its files need not be there: see :meth:`bring`.
 
         Raises:
             UnknownModel: Listing similar names.
         """
-        if not is_model_name(name) or not (self._models_dir / name).is_dir():
+        if not is_model_name(name) or not self._has(name):
             raise UnknownModel(
                 f"The registry holds no model called {shorten(name)!r}.",
                 value=shorten(name),
@@ -100,8 +114,20 @@ class Registry:
             )
         return self._models_dir / name
 
+    def bring(self, name: str) -> Path:
+        """Return a model's directory with all its files in it.
+
+        Raises:
+            UnknownModel: Listing similar names.
+            CorruptCheckpoint, InsufficientDisk, ServiceUnreachable: They cannot be brought from the storage.
+        """
+        path = self.path(name)
+        return path if self._shared is None else self._shared.bring(name)
+
     def exists(self, name: str) -> bool:
         """Tell whether the name is occupied (also by a model whose manifest is damaged)."""
+        if self._shared is not None:
+            return self._shared.exists(name)
         return is_model_name(name) and os.path.lexists(self._models_dir / name)
 
     def file(self, name: str, relative: str) -> Path:
@@ -120,6 +146,8 @@ class Registry:
                 value=relative,
                 hint="Leave out the '/'.",
             )
+        if self._shared is not None:
+            self._shared.bring_file(name, relative)
         found = Path(os.path.realpath(root / relative))
         if not found.is_relative_to(os.path.realpath(root)):
             raise PathNotAllowed(f"{relative!r} leads outside the model's directory.", value=relative)
@@ -158,6 +186,8 @@ class Registry:
             with locked(staged):
                 if self._is_made_by(name, manifest.job_id):
                     return target
+                if self._shared is not None:
+                    return self._share(staged, manifest, self._shared)
                 finished = self._finish(staged, manifest)
                 self._rename(staged, target)
         except OSError as error:
@@ -214,6 +244,9 @@ class Registry:
             UnknownModel: There is no such model.
         """
         path = self.path(name)
+        if self._shared is not None:
+            self._shared.delete(name)
+            return
         trash = self._models_dir / _TRASH / uuid.uuid4().hex
         trash.parent.mkdir(exist_ok=True)
         try:
@@ -225,6 +258,8 @@ class Registry:
 
     def sweep_trash(self) -> None:
         """Remove what deletions and imports that were killed have left behind."""
+        if self._shared is not None:
+            self._shared.sweep()
         for leftover in _entries(self._models_dir / _TRASH):
             remove_tree(leftover)
         for leftover in _entries(self._models_dir / _STAGING):
@@ -232,14 +267,41 @@ class Registry:
                 if time.time() - leftover.stat().st_mtime > _STALE_S:
                     remove_tree(leftover)
 
+    def _has(self, name: str) -> bool:
+        if self._shared is not None:
+            return self._shared.manifest(name) is not None
+        return (self._models_dir / name).is_dir()
+
+    def _document(self, path: Path, name: str) -> bytes:
+        """Return a manifest as it is stored."""
+        document = path.read_bytes() if self._shared is None else self._shared.manifest(name)
+        if document is None:
+            raise FileNotFoundError(path)
+        return document
+
+    def _share(self, staged: Path, manifest: Manifest, models: SharedModels) -> Path:
+        """Publish a staged directory for all nodes, whatever of it other nodes have written. Raises as ``publish``."""
+        name = manifest.name
+        models.require_room_for(name)
+        away = models.known_files(staged, {file.path for file in manifest.files})
+        finished = self._finish(staged, manifest, away)
+        document = (staged / MANIFEST_FILE).read_bytes()
+        if models.publish(staged, finished, document):
+            models.adopt(staged, finished, document)
+        elif not self._is_made_by(name, manifest.job_id):
+            raise _taken(name)
+        return self._models_dir / name
+
     def _is_made_by(self, name: str, job_id: str) -> bool:
+        if self._shared is not None:
+            self._shared.manifest(name, fresh=True)
         try:
             return self.manifest(name).job_id == job_id
         except (CorruptCheckpoint, UnknownModel):
             return False
 
-    def _finish(self, staged: Path, manifest: Manifest) -> Manifest:
-        """Write card and manifest into a staged directory, and sync all of it."""
+    def _finish(self, staged: Path, manifest: Manifest, away: Collection[str] = ()) -> Manifest:
+        """Write card and manifest into a staged directory, and sync all of it but for files that are ``away``."""
         for leftover in [path for path in staged.rglob(f"*{UNFINISHED}*") if path.is_file()]:
             leftover.unlink()
         for ours in (CARD_FILE, MANIFEST_FILE):
@@ -247,11 +309,12 @@ class Registry:
         if manifest.operation != IMPORT:
             parents = tuple(self._with_license(parent) for parent in manifest.parents)
             manifest = manifest.model_copy(update={"parents": parents})
-        manifest = _complete(staged, manifest)
+        manifest = _complete(staged, manifest, away)
         write_text(staged / CARD_FILE, card(manifest))
-        complete = _complete(staged, manifest)
+        complete = _complete(staged, manifest, away)
         for file in complete.files:
-            sync_file(staged / file.path)
+            if file.path not in away:
+                sync_file(staged / file.path)
         for directory in [path for path in staged.rglob("*") if path.is_dir()]:
             sync_directory(directory)
         write_text(staged / MANIFEST_FILE, complete.model_dump_json(indent=2) + "\n")
@@ -261,6 +324,8 @@ class Registry:
         """Take the licence of a parent in the registry from its card."""
         if parent.license is not None or not is_model_name(parent.reference):
             return parent
+        if self._shared is not None:
+            self._shared.bring_file(parent.reference, CARD_FILE)
         return parent.model_copy(update={"license": read_license(self._models_dir / parent.reference)})
 
     def _rename(self, staged: Path, target: Path) -> None:
@@ -284,16 +349,20 @@ class Registry:
             sync_directory(staged.parent)
 
 
-def _complete(staged: Path, manifest: Manifest) -> Manifest:
-    """List every staged file in the manifest; what is listed already must be there as described."""
+def _complete(staged: Path, manifest: Manifest, away: Collection[str] = ()) -> Manifest:
+    """List every staged file in the manifest; what is listed already must be there as described, or ``away``."""
     described = {file.path: file for file in manifest.files if file.path not in (CARD_FILE, MANIFEST_FILE)}
-    present = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
-    lost = sorted(set(described) - set(present))
+    present = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
+    away = set(away) & set(described) - present
+    lost = sorted(set(described) - present - away)
     assert not lost, f"described, but not staged: {', '.join(lost)}"
     files = []
-    for relative in present:
-        size = (staged / relative).stat().st_size
+    for relative in sorted(present | away):
         file = described.get(relative)
+        if file is not None and relative in away:
+            files.append(file)
+            continue
+        size = (staged / relative).stat().st_size
         if file is None:
             file = ManifestFile(path=relative, bytes=size, sha256=hash_file(staged / relative))
         assert file.bytes == size, f"{relative} has {size} bytes, not {file.bytes} as described"

@@ -104,7 +104,7 @@ class ModelResolver:
                 hint=close_names(name, self.registry.names()),
             )
         self.registry.manifest(name)
-        return ResolvedModel(reference=name, kind="registry", path=self.registry.path(name))
+        return ResolvedModel(reference=name, kind="registry", path=self.registry.bring(name))
 
     def open(self, reference: str, *, field: str) -> Checkpoint:
         """Return the checkpoint that a reference means; whatever is wrong with it is said of ``field``.

@@ -122,7 +122,7 @@ def read_tokenizer(directory: Path, known: Mapping[Path, Tokenizer] | None = Non
             own = {token: number for number, (token, *_) in enumerate(own)}
         added = [AddedToken.model_validate(token) for token in document.get("added_tokens") or ()]
         tokens = {str(token): int(number) for token, number in own.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise CorruptCheckpoint(
             f"The tokenizer.json of {directory.name} cannot be read: {str(error)[:200]}.",
             value=directory.name,
@@ -234,8 +234,8 @@ def read_template(directory: Path) -> str | None:
     settings = directory / SETTINGS_FILE
     template = read_json_object(settings).get("chat_template") if settings.is_file() else None
     if isinstance(template, list):  # several by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[-1] if named else None
     return template.strip() if isinstance(template, str) else None
 
 

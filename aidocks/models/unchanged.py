@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from aidocks.checkpoints.files import state_of
 from aidocks.errors import CorruptCheckpoint
 from aidocks.plan import Stage, Unit, UnitContext
+from aidocks.storage import identity_of
 
 
 class InputStates(BaseModel):
@@ -37,7 +37,7 @@ class NoteInputs(Unit[InputStates]):
         return False
 
     def run(self, context: UnitContext) -> InputStates:
-        return InputStates(states=tuple(state_of(directory) for directory in self.directories))
+        return InputStates(states=tuple(identity_of(directory) for directory in self.directories))
 
 
 def require_unchanged(directories: Iterable[Path]) -> Generator[Stage, list[InputStates], None]:
@@ -49,7 +49,7 @@ def require_unchanged(directories: Iterable[Path]) -> Generator[Stage, list[Inpu
     noted = tuple(dict.fromkeys(directories))
     (known,) = yield Stage("inputs", (NoteInputs(directories=noted),))
     for directory, state in zip(noted, known.states, strict=True):
-        if state_of(directory) != state:
+        if identity_of(directory) != state:
             raise CorruptCheckpoint(
                 f"{directory.name} has changed since this job began; what it wrote so far is of the old one.",
                 value=directory.name,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import OutputFile, write_bytes, write_text
 from aidocks.errors import CorruptCheckpoint
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.evaluate.texts import COMMON, Domain, Split
 from aidocks.plan import Unit, UnitContext
 
@@ -85,6 +86,10 @@ class CheckMoE(Unit[Routing]):
     @property
     def label(self) -> str:
         return "load, run and picture the MoE"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.model)
 
     def run(self, context: UnitContext) -> Routing:
         from aidocks.evaluate.causal_lm import load_cached

@@ -137,7 +137,9 @@ def read_dense(member: Member) -> DenseConfig:
         )
     architectures = config.get("architectures") or [_CLASSES[model_type]]
     if architectures != [_CLASSES[model_type]]:
-        raise member.refuse(f"{name} has the architecture {architectures}, not {_CLASSES[model_type]}.")
+        raise member.refuse(
+            f"{name} has the architecture {str(architectures)[:200]}, not {_CLASSES[model_type]}."
+        )
     if config.get("quantization_config"):
         raise member.refuse(f"{name} is quantised.", "Give the model that it was made from.")
     full = {"rms_norm_eps": 1e-6, "sliding_window": None} | _DEFAULTS[model_type] | config

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import OutputFile
 from aidocks.errors import CorruptCheckpoint
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.moe.gate_files import write_gates
 from aidocks.plan import Unit, UnitContext
 from aidocks.specs.moe import RANDOM_MODES, GateMode
@@ -65,6 +66,10 @@ class ComputeGates(Unit[Gates]):
     @property
     def label(self) -> str:
         return f"{self.mode} gates of {len(self.routers)} layers"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.base) if self.mode in ("hidden", "hidden_avg") else None
 
     @property
     def computes(self) -> bool:

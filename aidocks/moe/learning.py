@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from aidocks.checkpoints.files import OutputFile
 from aidocks.checkpoints.writer import ShardPlan
 from aidocks.errors import CorruptCheckpoint, InvalidSpec
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.moe.examples import Examples, Part
 from aidocks.moe.gate_files import read_gates, write_gates
 from aidocks.plan import Unit, UnitContext, UnitResultT, WritingUnit, WrittenFiles
@@ -129,6 +130,10 @@ class _LearningUnit(Unit[UnitResultT]):
     fit_tokens: int
     seed: int
     tokenizer: Path = Field(description="Checkpoint directory whose tokenizer reads the texts: the base's.")
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.draft)
 
     def _draft(self, context: UnitContext) -> CausalLM:
         from aidocks.evaluate.causal_lm import load_cached
@@ -246,6 +251,10 @@ class JudgeAverage(_LearningUnit[Floor]):
     @property
     def label(self) -> str:
         return "validate the experts' plain average"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(*self.models)
 
     def run(self, context: UnitContext) -> Floor:
         from aidocks.evaluate.domains import load_average

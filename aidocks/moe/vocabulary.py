@@ -86,7 +86,7 @@ def _parse(member: Member, raw: bytes) -> dict[str, int]:
         return {str(token): int(number) for token, number in (vocabulary | added).items()}
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidSpec(
-            f"The tokenizer.json of {member.reference!r} cannot be read: {error!r}.",
+            f"The tokenizer.json of {member.reference!r} cannot be read: {repr(error)[:200]}.",
             field=member.field,
             value=member.reference,
         ) from error

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aidocks.checkpoints.files import OutputFile, StagedFile, hash_file, state_of, write_text
 from aidocks.errors import CorruptCheckpoint
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.plan import Unit, UnitContext
 from aidocks.retrieval.parts import parts_of
 from aidocks.training.measuring import read_rows
@@ -76,6 +77,10 @@ class EmbedTexts(Unit[Vectors]):
     def label(self) -> str:
         what = "passages" if self.field == "text" else "queries" if self.field == "query" else "texts"
         return f"{self.retriever.name}: {what} {self.begin + 1} to {self.end} of {self.of}"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.retriever.model)
 
     @property
     def weight(self) -> float:

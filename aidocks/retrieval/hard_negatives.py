@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.checkpoints.files import OutputFile
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.plan import Unit, UnitContext
 from aidocks.retrieval.data.convert import digest_of
 from aidocks.retrieval.embedding import VectorFiles, Vectors, find_nearest, open_array, write_array
@@ -157,6 +158,10 @@ class LookForNegatives(Unit[MinedPart]):
     @property
     def label(self) -> str:
         return f"{self.name}: negatives for queries {self.begin + 1} to {self.end}"
+
+    @property
+    def memory(self) -> int | None:
+        return None if self.judge is None else memory_to_load(self.judge.model)
 
     @property
     def weight(self) -> float:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field
 
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.plan import Unit, UnitContext
 from aidocks.retrieval.data.convert import digest_of
 from aidocks.retrieval.measures import Measures, comparable, measures_of
@@ -40,6 +41,10 @@ class OrderCandidates(Unit[Measures]):
     @property
     def label(self) -> str:
         return f"{self.retriever.name}: passages for queries {self.begin + 1} to {self.end} of {self.of}"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.retriever.model)
 
     @property
     def weight(self) -> float:
@@ -91,6 +96,10 @@ class ScorePairs(Unit[Measures]):
     @property
     def label(self) -> str:
         return f"{self.retriever.name}: pairs {self.begin + 1} to {self.end} of {self.of}"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.retriever.model)
 
     @property
     def weight(self) -> float:

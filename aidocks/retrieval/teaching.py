@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from aidocks.checkpoints.files import OutputFile
 from aidocks.errors import IncompatibleModels
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.plan import PlanContext, Stage, Unit, UnitContext
 from aidocks.retrieval.parts import JoinedRows, JoinRows, WrittenPart, parts_of, write_part
 from aidocks.training.measuring import read_rows
@@ -35,6 +36,10 @@ class ScorePassages(Unit[WrittenPart]):
     @property
     def label(self) -> str:
         return f"{self.teacher.name}: scores of rows {self.begin + 1} to {self.end}"
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.teacher.model)
 
     @property
     def weight(self) -> float:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from aidocks.specs.base import ModelName, ModelRef, ModelResult, PublishableSpec
 from aidocks.specs.patterns import MAX_PATTERN, MAX_PATTERNS, compile_pattern
+from aidocks.specs.resources import ComputingSpec
 
 DType = Literal["float32", "float16", "bfloat16"]
 Decomposition = Literal["exact", "randomized"]
@@ -21,7 +22,7 @@ EXAMPLE: dict[str, Any] = {
 }
 
 
-class ExtractLoraSpec(PublishableSpec):
+class ExtractLoraSpec(PublishableSpec, ComputingSpec):
     """Find the LoRA adapter that comes closest to turning one model into another of its shape.
 
     Of every matrix the difference is taken and its leading directions are kept: among all adapters of the rank none is

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_v
 from aidocks.errors import InvalidSpec
 from aidocks.specs.base import ModelName, ModelRef, PublishableSpec
 from aidocks.specs.objective import Objective
+from aidocks.specs.resources import ComputingSpec
 
 #: Matrices that are tried when the request does not say how many.
 DEFAULT_CANDIDATES = 30
@@ -101,7 +102,7 @@ EXAMPLE: dict[str, Any] = {
 }
 
 
-class LaserSpec(PublishableSpec):
+class LaserSpec(PublishableSpec, ComputingSpec):
     """Reduce the rank of weight matrices where that measurably makes the model better.
 
     The original body (``base_model_name``, ``laser_model_name``, ``publish``, ``trainer``,

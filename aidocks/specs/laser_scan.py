@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from aidocks.specs.base import ModelRef, OperationResult, Spec
+from aidocks.specs.base import ModelRef, OperationResult
 from aidocks.specs.laser import Layers, Listed
+from aidocks.specs.resources import ComputingSpec
 
 #: What a list is ordered by: the corrected signal-to-noise ratio, or the original one over the spectral norm.
 Score = Literal["noise_ratio", "original"]
@@ -17,7 +18,7 @@ Shares = Listed[Annotated[float, Field(gt=0, le=1)]]
 EXAMPLE: dict[str, Any] = {"model": "smollm2-135m-instruct", "top_fractions": [0.25]}
 
 
-class LaserScanSpec(Spec):
+class LaserScanSpec(ComputingSpec):
     """Compute the spectrum of every weight matrix: noise, signal, and the rank that each rule would keep.
 
     Works for any architecture and any size: one tensor is read at a time, and no model is loaded. The result also lists

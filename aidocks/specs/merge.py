@@ -11,6 +11,7 @@ from aidocks.errors import InvalidSpec
 from aidocks.specs.base import ModelName, PublishableSpec
 from aidocks.specs.merge_config import MergeConfig, MergeStage
 from aidocks.specs.merge_settings import split_reference
+from aidocks.specs.resources import ComputingSpec
 
 ComputeDType = Literal["float32", "float64"]
 
@@ -40,7 +41,7 @@ def _none_is_empty(given: Any) -> Any:
     return () if given is None else given
 
 
-class MergeSpec(MergeConfig, PublishableSpec):
+class MergeSpec(MergeConfig, PublishableSpec, ComputingSpec):
     """Merge models of one architecture into one, tensor by tensor.
 
     A mergekit file works as it is, also one of several documents.

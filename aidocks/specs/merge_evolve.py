@@ -12,6 +12,7 @@ from aidocks.specs.base import ModelName, PublishableSpec
 from aidocks.specs.merge import ComputeDType, MergeSpec
 from aidocks.specs.merge_config import MergeConfig
 from aidocks.specs.objective import Objective
+from aidocks.specs.resources import ComputingSpec
 from aidocks.specs.search_range import SearchRange
 from aidocks.specs.search_space import Genome, Number, lift_ranges, read_genome
 
@@ -34,7 +35,7 @@ EXAMPLE: dict[str, Any] = {
 _SHARED = ("name", "compute_dtype", "seed", "max_shard_size", "publish", "trainer", "private")
 
 
-class MergeEvolveSpec(MergeConfig, PublishableSpec):
+class MergeEvolveSpec(MergeConfig, PublishableSpec, ComputingSpec):
     """Search parameters of a merge by evolution (CMA-ES), and write the merge that measurably is the best.
 
     A mergekit file in which any number of `parameters` may be a range, `{min: 0, max: 1}`, with what decides.

@@ -10,11 +10,12 @@ import yaml
 from aidocks.specs.base import PublishableSpec
 from aidocks.specs.merge_config import MergeConfig
 from aidocks.specs.merge_settings import split_reference
+from aidocks.specs.resources import ComputingSpec
 
 if TYPE_CHECKING:
     from aidocks.specs.merge import MergeSpec
 
-_LEFT_OUT = {*PublishableSpec.model_fields, "dry_run"}
+_LEFT_OUT = {*PublishableSpec.model_fields, *ComputingSpec.model_fields, "dry_run"}
 #: Says nothing about the model that is made.
 _ABOUT_THE_JOB = {"max_shard_size", "evaluate", "text", "chunks", "seqlen"}
 _REFERENCES = ("model", "base_model", "tokenizer_source", "source")

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, ConfigDict, Field
 
 from aidocks.specs.aliases import with_aliases
 from aidocks.specs.base import ModelName, OperationResult
+from aidocks.specs.resources import ComputingSpec
 from aidocks.specs.train_data import SPLIT_PATTERN, DatasetRef, InlineRows
 from aidocks.specs.train_retrieval import ColumnName, NegativesFields, RetrievalFormat
 from aidocks.specs.train_retrieval_result import RankingData
@@ -20,7 +21,7 @@ EXAMPLE: dict[str, Any] = {
 }
 
 
-class MineNegativesSpec(NegativesFields):
+class MineNegativesSpec(NegativesFields, ComputingSpec):
     """Find hard negatives: for every query, passages that look like its answer, and are none.
 
     An embedding model and BM25 each rank all passages; what is too good to be wrong is left out. The result is a data

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 
 from aidocks.errors import InvalidSpec
 from aidocks.specs.base import ModelName, ModelRef, PublishableSpec, Spec
+from aidocks.specs.resources import ComputingSpec
 
 GateMode = Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "fitted", "trained"]
 DType = Literal["float32", "float16", "bfloat16"]
@@ -135,7 +136,7 @@ class ExpertSpec(SharedExpertSpec):
         return frozenset((*self.positive_texts, *self.positive_prompts)), self.dataset
 
 
-class MoESpec(PublishableSpec):
+class MoESpec(PublishableSpec, ComputingSpec):
     """Combine the attention of a base model with the MLPs of experts into one Mixture-of-Experts.
 
     The original body (``base_model``, ``gate_mode``, ``dtype``, ``experts`` with ``source_model``,

@@ -24,3 +24,14 @@ class Resources(Spec):
         if gpus is not None and gpus > 1:
             raise ValueError("a worker drives one GPU; ask for more `workers` to use more GPUs")
         return gpus
+
+
+class ComputingSpec(Spec):
+    """Base of the specs whose request may say what each worker of its job gets."""
+
+    resources: Resources | None = Field(
+        None,
+        description="What each worker of the job gets. Default: one core, or one GPU where the cluster has them, and "
+        "the memory that the work is known to need. With `--local`, one process has all of the machine.",
+        examples=[{"memory_gb": 16}],
+    )

@@ -20,6 +20,7 @@ from aidocks.plan import PlanContext, UnitContext, WritingUnit, WrittenFiles
 from aidocks.specs.patterns import compile_pattern
 from aidocks.specs.train_llm import LLMTrainSpec
 from aidocks.specs.train_settings import ScannedLayers
+from aidocks.storage import bring_file
 from aidocks.training.data.hub import parse_data_reference
 from aidocks.training.data.rows import DataSource, source_of_files, source_of_rows
 
@@ -72,7 +73,8 @@ def data_source(
         return source_of_path(reference, context.resolver.allowed_roots, field)
     store = DatasetStore(context.datasets_dir) if context.datasets_dir is not None else None
     stored = store.resolve(reference) if store is not None else None
-    if stored is not None:
+    if store is not None and stored is not None:
+        store.bring(stored)
         return source_of_files(reference, [stored.path])
     if reference.endswith(SUFFIXES):
         return source_of_path(reference, context.resolver.allowed_roots, field)
@@ -131,6 +133,8 @@ def _scan_path(reference: str, context: PlanContext) -> Path:
     if not is_path(reference):
         result = context.result_of(reference) or {}
         found = Path(str(result.get("path") or ""))
+        if "unfrozen_yaml" in result:
+            bring_file(found)
         # The files of a scan may have been removed with the cache.
         if "unfrozen_yaml" in result and found.is_dir():
             return found

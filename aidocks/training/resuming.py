@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from aidocks.checkpoints.files import OutputFile, write_text
 from aidocks.errors import InvalidSpec
 from aidocks.plan import UnitContext, WritingUnit, WrittenFiles
+from aidocks.storage.checkpoints import bring_checkpoints
 from aidocks.training.checkpoints import complete_checkpoints, step_of
 from aidocks.training.run import AdapterSettings
 
@@ -75,6 +76,7 @@ def find_checkpoint(checkpoints_dir: Path, job_id: str) -> Resumed:
         InvalidSpec: The job has left none.
     """
     directory = checkpoints_dir / job_id
+    bring_checkpoints(directory)
     found = complete_checkpoints(directory) if not directory.is_symlink() else []
     if not found:
         raise InvalidSpec(

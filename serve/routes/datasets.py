@@ -108,7 +108,7 @@ def get_dataset(here: Here, name: DatasetName) -> StoredDataset:
 )
 def get_dataset_content(here: Here, name: DatasetName) -> Response:
     """Return the file as it was uploaded."""
-    return dataset_file(here.datasets.get(name))
+    return dataset_file(here.datasets.fetch(name))
 
 
 @router.delete(

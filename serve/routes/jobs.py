@@ -14,8 +14,10 @@ from pydantic import BaseModel, Field
 from aidocks.errors import InvalidSpec, NotFound, ServiceUnreachable
 from aidocks.jobs.model import Event, Job, Status
 from aidocks.jobs.resume import resume_job
+from aidocks.jobs.terms import HIGHEST, LONGEST_S, LOWEST
 from aidocks.operations import find_operation
 from serve import sse
+from serve.access import Caller
 from serve.context import ID_PATTERN, Context, Here, JobId, problems
 from serve.routes.operations import IdempotencyKey, announce
 
@@ -53,13 +55,16 @@ def list_jobs(
     here: Here,
     status: Annotated[Status | None, Query(description="Only jobs of this status.")] = None,
     operation: Annotated[str | None, Query(description="Only jobs of this operation.", max_length=64)] = None,
+    owner: Annotated[
+        str | None, Query(description="Only jobs that this API key (its id) submitted.", pattern=ID_PATTERN)
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_JOBS, description="Jobs on a page.")] = 50,
     before: Annotated[
         str | None, Query(pattern=ID_PATTERN, description="Id of the job at which the page before ended.")
     ] = None,
 ) -> JobPage:
     """List jobs, newest first."""
-    found = here.store.list(status, _operation_name(operation), limit + 1, before)
+    found = here.store.list(status, _operation_name(operation), limit + 1, before, owner=owner)
     return JobPage(jobs=found[:limit], has_more=len(found) > limit)
 
 
@@ -94,14 +99,40 @@ def cancel_job(here: Here, job_id: JobId, response: Response) -> Job:
         (404, "There is no such job."),
         (409, "The job has not been stopped, or left no checkpoint; or the name of its model is taken."),
         (422, "What the job was asked for is no longer possible."),
+        (429, "The API key has as many unfinished jobs as it may have."),
+        (503, "As many jobs wait as may."),
     ),
 )
 async def resume(
-    here: Here, request: Request, response: Response, job_id: JobId, idempotency_key: IdempotencyKey = None
+    here: Here,
+    caller: Caller,
+    request: Request,
+    response: Response,
+    job_id: JobId,
+    idempotency_key: IdempotencyKey = None,
+    priority: Annotated[
+        int | None, Query(ge=LOWEST, le=HIGHEST, description="Default: that of the old job.")
+    ] = None,
+    timeout_s: Annotated[
+        float | None,
+        Query(
+            gt=0,
+            le=LONGEST_S,
+            description="Counted from the start of the new job. Default: as the old one had.",
+        ),
+    ] = None,
 ) -> Job:
     """Go on with a training that failed or was cancelled: a new job, from the last checkpoint of the old one."""
     job, created = await run_in_threadpool(
-        resume_job, here.settings, here.store, job_id, idempotency_key=idempotency_key
+        resume_job,
+        here.settings,
+        here.store,
+        job_id,
+        idempotency_key=idempotency_key,
+        owner=caller.owner,
+        priority=priority,
+        timeout_s=timeout_s,
+        most_unfinished=caller.limits.max_jobs,
     )
     announce(here, request, response, job, created)
     return job

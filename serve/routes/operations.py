@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from aidocks.errors import UnsupportedMediaType
 from aidocks.jobs.model import Job
 from aidocks.jobs.submit import submit_job
+from aidocks.jobs.terms import HIGHEST, LONGEST_S, LOWEST, Terms
 from aidocks.operations import OPERATIONS, Registration
 from aidocks.specs.read import build_spec, parse_json
+from serve.access import Caller, KeyHolder
 from serve.context import Context, Here, problems
 
 IdempotencyKey = Annotated[
@@ -27,6 +29,25 @@ IdempotencyKey = Annotated[
     ),
 ]
 
+Priority = Annotated[
+    int,
+    Query(
+        ge=LOWEST,
+        le=HIGHEST,
+        description="Jobs of a higher priority are started first and get the workers first; among equals, whoever has "
+        "the fewest.",
+    ),
+]
+TimeoutS = Annotated[
+    float | None,
+    Query(
+        gt=0,
+        le=LONGEST_S,
+        description="Seconds after its start at which the job is ended as failed (`timed_out`), whatever was tried "
+        "again meanwhile. Without: it takes its time.",
+    ),
+]
+
 _PROBLEMS = problems(
     (403, "A path in the request is outside the allowed roots."),
     (404, "The request names a model that does not exist."),
@@ -34,6 +55,8 @@ _PROBLEMS = problems(
     (413, "The body is larger than 1 MB."),
     (415, "The body is not `application/json`."),
     (422, "The request is not valid; `errors` lists the fields."),
+    (429, "The API key has as many unfinished jobs as it may have. `Retry-After` says when to ask again."),
+    (503, "As many jobs wait as may. `Retry-After` says when to ask again."),
 )
 
 
@@ -71,11 +94,20 @@ def _request_body(registration: Registration) -> dict[str, Any]:
 def _submission(registration: Registration) -> Callable[..., Awaitable[Job]]:
     # Not read by FastAPI: what is wrong with a spec is said in the same words at every door.
     async def submit(
-        here: Here, request: Request, response: Response, idempotency_key: IdempotencyKey = None
+        here: Here,
+        caller: Caller,
+        request: Request,
+        response: Response,
+        idempotency_key: IdempotencyKey = None,
+        priority: Priority = 0,
+        timeout_s: TimeoutS = None,
     ) -> Job:
         require_json(request)
         body = await request.body()
-        job, created = await run_in_threadpool(_submit, here, registration, body, idempotency_key)
+        terms = Terms(owner=caller.owner, priority=priority, timeout_s=timeout_s)
+        job, created = await run_in_threadpool(
+            _submit, here, caller, registration, body, idempotency_key, terms
+        )
         announce(here, request, response, job, created)
         return job
 
@@ -91,10 +123,23 @@ def announce(here: Context, request: Request, response: Response, job: Job, crea
         response.headers["Idempotency-Replayed"] = "true"
 
 
-def _submit(here: Context, registration: Registration, body: bytes, key: str | None) -> tuple[Job, bool]:
+def _submit(
+    here: Context,
+    caller: KeyHolder,
+    registration: Registration,
+    body: bytes,
+    key: str | None,
+    terms: Terms,
+) -> tuple[Job, bool]:
     spec = build_spec(registration.spec_type(), parse_json(body))
     return submit_job(
-        here.settings, here.store, registration.name, spec, place="service", idempotency_key=key
+        here.settings,
+        here.store,
+        registration.name,
+        spec,
+        idempotency_key=key,
+        terms=terms,
+        most_unfinished=caller.limits.max_jobs,
     )
 
 

@@ -34,6 +34,9 @@ class WokenSupervisor:
     async def state(self) -> SupervisorState:
         return "running"
 
+    def answer(self) -> dict[str, Any]:
+        return {"parallelism": 2, "workers": [{"name": "worker-1", "pid": 1, "unit": "layer 0"}]}
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path]) -> Path:

@@ -14,9 +14,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
+from aidocks.log import LOGGERS, JsonLines, log_to_file
 from aidocks.settings import Settings
 from serve.app import create_api
-from serve.log import JsonLines, log_to_file
 
 Problem = Callable[..., dict[str, Any]]
 PARTS = st.sampled_from(["jobs", "models", "laser", "files", "events", "cancel", "docs"])
@@ -94,9 +94,9 @@ def test_paths_and_methods_that_are_not(client: Any, problem: Problem) -> None:
 @pytest.fixture
 def log(settings: Settings) -> Iterator[Callable[[], list[dict[str, Any]]]]:
     """The lines of the service's log."""
-    loggers = [logging.getLogger(name) for name in ("serve", "aidocks")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
-    log_to_file(settings)
+    log_to_file(settings, "http.log")
 
     def lines() -> list[dict[str, Any]]:
         return [json.loads(line) for line in (settings.log_dir / "http.log").read_text().splitlines()]

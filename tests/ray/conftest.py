@@ -54,7 +54,7 @@ def drive(trivial_settings: Settings) -> Drive:
     def run(program: str, *arguments: object) -> Any:
         code = (
             "import json, sys\nfrom aidocks import remote\nremote.connect()\nimport ray\n"
-            f"{textwrap.dedent(program)}\nprint(json.dumps(answer))\n"
+            f"{textwrap.dedent(program)}\nprint(); print('answer', json.dumps(answer))\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],
@@ -65,7 +65,9 @@ def drive(trivial_settings: Settings) -> Drive:
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        # Ray may print after it what it has to say of workers that were killed.
+        (answer,) = (line for line in done.stdout.splitlines() if line.startswith("answer "))
+        return json.loads(answer.removeprefix("answer "))
 
     return run
 

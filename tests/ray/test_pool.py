@@ -14,7 +14,10 @@ PRELUDE = """
 import asyncio, os, signal, time
 from pathlib import Path
 from aidocks.errors import AIDocksError, WorkerLost
+from aidocks.executor import Claim
+from aidocks.specs.resources import Resources
 from cluster.pool import RayPool
+from tests.support.pool_units import HoldInterpreter, Large
 from tests.support.trivial_operation import SquareUnit
 
 traces = Path(sys.argv[1])
@@ -25,6 +28,11 @@ def square(number, **more):
 async def until(condition):
     while not condition():
         await asyncio.sleep(0.01)
+
+def ended(pid):
+    # Its parent may not have noticed yet.
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "zombie" in status.read_text()
 """
 
 
@@ -101,12 +109,7 @@ task.cancel()
 try:
     await task
 except asyncio.CancelledError:
-    seconds = time.monotonic() - begin
-try:
-    os.kill(pid, 0)
-    gone = False
-except ProcessLookupError:
-    gone = True
+    seconds, gone = time.monotonic() - begin, ended(pid)
 outcome = await pool.run(square(2), traces, said.append)
 return seconds, gone, outcome.result.value
 """
@@ -128,3 +131,78 @@ return before, len(pool.workers())
 """
     )
     assert (before, after) == (1, 0)
+
+
+def test_a_silent_worker_is_replaced_and_one_that_only_computes_is_not(
+    with_pool: Callable[[str], Any], tmp_path: Path
+) -> None:
+    reason, gone, value, worker = with_pool(
+        """
+pool = RayPool(2, silence_s=1.5)
+said = []
+computing = asyncio.create_task(pool.run(HoldInterpreter(seconds=5), traces, said.append))
+await until(lambda: said)
+held = {worker["pid"] for worker in pool.workers()}
+task = asyncio.create_task(pool.run(square(1, seconds=60), traces, said.append))
+await until(lambda: len(said) == 2)
+(pid,) = {worker["pid"] for worker in pool.workers()} - held
+os.kill(pid, signal.SIGSTOP)
+try:
+    await task
+except WorkerLost as error:
+    reason = error.message
+gone = ended(pid)
+again = await pool.run(square(3), traces, said.append)
+return reason, gone, again.result.value, (await computing).worker
+"""
+    )
+    assert reason == "worker-2 gave no sign of life for 1.5 s and was killed."
+    assert gone
+    assert (value, worker) == (9, "worker-1")
+
+
+def test_two_units_that_do_not_fit_beside_each_other_take_turns(
+    with_pool: Callable[[str], Any], tmp_path: Path
+) -> None:
+    workers, small = with_pool(
+        """
+(node,) = [node for node in ray.nodes() if node["Alive"]]
+most = int(node["Resources"]["memory"] * 0.7)
+runs = [pool.run(Large(number=n, bytes=most, traces=traces), traces, lambda _: None) for n in range(3)]
+outcomes = await asyncio.gather(*runs)
+# What needs no memory runs on the same worker, or beside it.
+small = await pool.run(square(2), traces, lambda _: None)
+return sorted({outcome.worker for outcome in outcomes}), small.result.value
+"""
+    )
+    assert len(workers) == 1, "the one that became free was handed on"
+    assert small == 4
+
+
+def test_a_worker_gets_what_the_request_asks_for_or_a_word(
+    with_pool: Callable[[str], Any], tmp_path: Path
+) -> None:
+    threads, refused, lost, told = with_pool(
+        """
+import cluster.crew
+cluster.crew.SAY_AFTER_S = 0
+two = await pool.run(HoldInterpreter(seconds=0), traces, print, Claim(resources=Resources(cpus=2)))
+try:
+    await pool.run(square(1), traces, print, Claim(resources=Resources(cpus=64)))
+except AIDocksError as error:
+    refused = error.field, error.value, error.message
+told = []
+hopeful = RayPool(growth=2, patience_s=2, tell=lambda job, text: told.append((job, text)))
+try:
+    await hopeful.run(square(1), traces, print, Claim("job-1", resources=Resources(cpus=64)))
+except WorkerLost as error:
+    lost = error.message
+return two.result.threads, refused, lost, told
+"""
+    )
+    assert threads == 2
+    assert refused[:2] == ["resources.cpus", 64]
+    assert "No node of the cluster can hold a worker of 64 CPU. It has 1 node: 4 CPU" in refused[2]
+    assert "No worker came up for 2 s: it takes 64 CPU, the cluster has 1 node: 4 CPU" in lost
+    assert [job for job, _ in told] == ["job-1"]
+    assert told[0][1].startswith("It waits for a worker: it takes 64 CPU")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
+import pytest
 
 from aidocks.settings import Settings
 from cluster import head
@@ -19,6 +22,9 @@ from cluster.ports import free_ports
 
 ADDRESS = "127.0.0.2"
 START_S = 60.0
+#: Mounts a directory over another one, for this process and what it starts alone.
+UNSHARE = ("unshare", "--mount", "--propagation", "private")
+APART = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
 #: ``ray start`` refuses a second node where the cluster keeps to loopback; this is what it does otherwise.
 PROGRAM = """
 import json, signal, sys
@@ -32,15 +38,28 @@ signal.pause()
 
 
 class SecondNode:
-    """One more raylet. Ray Train takes what has another address for another node."""
+    """One more raylet. Ray Train takes what has another address for another node.
 
-    def __init__(self, settings: Settings, cpus: int) -> None:
+    Args:
+        settings: Of the service.
+        cpus: That the node says it has.
+        own_home: A directory that the node's processes see in place of the data directory, as if it were a machine
+            that shares no file system with the first one. Default: they see the data directory.
+        address: Loopback address under which it is a node.
+    """
+
+    def __init__(
+        self, settings: Settings, cpus: int, own_home: Path | None = None, address: str = ADDRESS
+    ) -> None:
+        self._address = address
         self._settings = settings
         self._cpus = cpus
+        self._own_home = own_home
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until the cluster counts two nodes."""
+        """Start it, and wait until the cluster counts one node more."""
+        before = self._alive()
         instance = read_instance(self._settings)
         assert instance is not None
         names = (
@@ -53,7 +72,7 @@ class SecondNode:
         )
         parameters = dict(zip(names, free_ports(len(names)), strict=True)) | {
             "gcs_address": instance.environment["RAY_ADDRESS"],
-            "node_ip_address": ADDRESS,
+            "node_ip_address": self._address,
             "num_cpus": self._cpus,
             "object_store_memory": 100 * 1024 * 1024,
             "include_log_monitor": False,
@@ -65,7 +84,7 @@ class SecondNode:
         )
         with (self._settings.log_dir / "second-node.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, json.dumps(parameters)],
+                [*self._apart(), sys.executable, "-c", PROGRAM, json.dumps(parameters)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -73,17 +92,37 @@ class SecondNode:
                 start_new_session=True,
             )
         deadline = time.monotonic() + START_S
-        while self.count_nodes() < 2:
+        while self._alive() <= before:
             assert self._process.poll() is None, "the second node has ended"
             assert time.monotonic() < deadline, "the second node does not come up"
 
+    def _apart(self) -> list[str]:
+        """Return the beginning of a command that runs with a data directory of its own."""
+        if self._own_home is None:
+            return []
+        for directory in (self._own_home, self._own_home / "logs"):
+            directory.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(self._settings.token_file, self._own_home)
+        own, home = str(self._own_home), str(self._settings.home)
+        return [*UNSHARE, "sh", "-c", APART, "sh", own, home]
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The first of its processes."""
+        assert self._process is not None
+        return self._process
+
     def count_nodes(self) -> int:
         """Ask the cluster how many nodes are alive."""
+        return len(self._alive())
+
+    def _alive(self) -> set[str]:
+        """Ask the cluster for the ids of its nodes; one that has just died may still be among them."""
         instance = read_instance(self._settings)
         assert instance is not None
         code = (
             "import ray; ray.init(log_to_driver=False, configure_logging=False); "
-            "print(sum(node['Alive'] for node in ray.nodes()))"
+            "print(*(node['NodeID'] for node in ray.nodes() if node['Alive']))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -93,7 +132,7 @@ class SecondNode:
             check=True,
             timeout=60,
         )
-        return int(done.stdout.split()[-1])
+        return set(done.stdout.splitlines()[-1].split())
 
     def kill(self) -> None:
         """End it as a power failure does: all its processes at once."""
@@ -108,10 +147,21 @@ class SecondNode:
         self._process = None
 
 
+def require_apart(directory: Path) -> None:
+    """Skip a test where this machine does not let a process have mounts of its own."""
+    command = [*UNSHARE, "sh", "-c", APART, "sh", str(directory), str(directory), "true"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=30, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if done.returncode:
+        pytest.skip("processes may not have mounts of their own here")
+
+
 @contextmanager
-def second_node(settings: Settings, cpus: int = 3) -> Iterator[SecondNode]:
+def second_node(settings: Settings, cpus: int = 3, own_home: Path | None = None) -> Iterator[SecondNode]:
     """Give the running service of an installation a second node for a while."""
-    node = SecondNode(settings, cpus)
+    node = SecondNode(settings, cpus, own_home)
     try:
         node.start()
         yield node

@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from aidocks.evaluate.measurements import Pairs, normal_equivalent
+from aidocks.evaluate.memory import memory_to_load
 from aidocks.evaluate.objectives import ObjectiveSource, Part
 from aidocks.merge.recipe import Source, TensorMerge
 from aidocks.plan import Unit, UnitContext
@@ -87,6 +88,10 @@ class MeasureMerge(Unit[MergeLosses]):
     @property
     def label(self) -> str:
         return self.subject
+
+    @property
+    def memory(self) -> int | None:
+        return memory_to_load(self.host)
 
     @property
     def weight(self) -> float:

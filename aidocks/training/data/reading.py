@@ -197,10 +197,10 @@ def _object(number: int, value: Any) -> RawRow:
 
 def _json_array(stream: IO[bytes]) -> Iterator[RawRow]:
     """Yield the elements of one array, parsed as they come."""
-    text = _Window(io.TextIOWrapper(stream, encoding="utf-8-sig"))
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
     number = 0
     try:
+        text = _Window(io.TextIOWrapper(stream, encoding="utf-8-sig"))
         text.take("[")
         if text.take("]"):
             return
@@ -311,7 +311,7 @@ def _parquet(stream: IO[bytes]) -> Iterator[RawRow]:
             for row in batch.to_pylist():
                 number += 1
                 yield RawRow(number, row)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # the latter: times beyond Python's
         raise _Unreadable(str(error)[:200]) from error
 
 

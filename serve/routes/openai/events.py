@@ -18,7 +18,12 @@ CURVES = {
     "valid_loss": "eval_loss",
     "valid_mean_token_accuracy": "eval_mean_token_accuracy",
 }
-_LEVELS = {EventType.FAILED: "error", EventType.WORKER_LOST: "warn", EventType.RECOVERED: "warn"}
+_LEVELS = {
+    EventType.FAILED: "error",
+    EventType.WORKER_LOST: "warn",
+    EventType.RECOVERED: "warn",
+    EventType.RETRYING: "warn",
+}
 
 
 def event_object(event: Event, *, goes_on: bool = False) -> dict[str, Any] | None:

@@ -86,7 +86,7 @@ def get_file_content(here: Here, file_id: FileId) -> Response:
     """Return a file, or the curves of a training."""
     tuning = _tuning(here, file_id)
     if tuning is None:
-        return dataset_file(here.datasets.get(file_id))
+        return dataset_file(here.datasets.fetch(file_id))
     return Response(_results(here, tuning), media_type="text/csv")
 
 

@@ -12,14 +12,16 @@ from aidocks.errors import AIDocksError, InvalidSpec
 from aidocks.jobs.model import Job, Status
 from aidocks.jobs.resume import checkpoints_of, resume_job
 from aidocks.jobs.submit import submit_job
+from aidocks.jobs.terms import Terms
 from aidocks.specs.read import build_spec, parse_json
+from serve.access import Caller, KeyHolder
 from serve.context import Context, Here
 from serve.routes.openai.asked import PARAMETERS, TuningRequest, train_spec
 from serve.routes.openai.ids import checkpoint_id
 from serve.routes.openai.listing import After, Limit, behind, page
 from serve.routes.openai.tunings import OPERATION, Tuning, goes_on, tuning_of, whole
 from serve.routes.openai.views import job_object
-from serve.routes.operations import IdempotencyKey, announce, require_json
+from serve.routes.operations import IdempotencyKey, Priority, TimeoutS, announce, require_json
 
 #: Figures of a checkpoint, by their names.
 _FIGURES = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -31,12 +33,19 @@ TuningId = Annotated[str, Path(description="Id of a fine-tuning job.", max_lengt
 
 @router.post("", name="openai_create_tuning")
 async def create(
-    here: Here, request: Request, response: Response, idempotency_key: IdempotencyKey = None
+    here: Here,
+    caller: Caller,
+    request: Request,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+    priority: Priority = 0,
+    timeout_s: TimeoutS = None,
 ) -> dict[str, Any]:
     """Submit a training."""
     require_json(request)
     body = await request.body()
-    job, created = await run_in_threadpool(_submit, here, body, idempotency_key)
+    terms = Terms(owner=caller.owner, priority=priority, timeout_s=timeout_s)
+    job, created = await run_in_threadpool(_submit, here, caller, body, idempotency_key, terms)
     announce(here, request, response, job, created)
     return await run_in_threadpool(_object, here, job)
 
@@ -75,7 +84,12 @@ def stop(here: Here, tuning: TuningId) -> dict[str, Any]:
 
 @router.post("/{tuning}/resume", name="openai_resume_tuning")
 async def resume(
-    here: Here, request: Request, response: Response, tuning: TuningId, idempotency_key: IdempotencyKey = None
+    here: Here,
+    caller: Caller,
+    request: Request,
+    response: Response,
+    tuning: TuningId,
+    idempotency_key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """Go on with a training that was stopped. It keeps its id; one that goes on already is answered as it is."""
 
@@ -83,7 +97,14 @@ async def resume(
         known = tuning_of(here.store, tuning)
         job, created = known.last, False
         if len(known.jobs) == 1 or job.status.terminal:
-            job, created = resume_job(here.settings, here.store, job.id, idempotency_key=idempotency_key)
+            job, created = resume_job(
+                here.settings,
+                here.store,
+                job.id,
+                idempotency_key=idempotency_key,
+                owner=caller.owner,
+                most_unfinished=caller.limits.max_jobs,
+            )
         return job, created, _object(here, job)
 
     job, created, answer = await run_in_threadpool(work)
@@ -144,7 +165,7 @@ def _object(here: Context, job: Job) -> dict[str, Any]:
     return job_object(whole(here.store, job), here.store)
 
 
-def _submit(here: Context, body: bytes, key: str | None) -> tuple[Job, bool]:
+def _submit(here: Context, caller: KeyHolder, body: bytes, key: str | None, terms: Terms) -> tuple[Job, bool]:
     asked = build_spec(TuningRequest, parse_json(body))
     for field in ("training_file", "validation_file"):
         file = getattr(asked, field)
@@ -163,6 +184,8 @@ def _submit(here: Context, body: bytes, key: str | None) -> tuple[Job, bool]:
             train_spec(asked, key),
             idempotency_key=key,
             asked={"asked": asked.model_dump(mode="json", exclude_unset=True)},
+            terms=terms,
+            most_unfinished=caller.limits.max_jobs,
         )
     except AIDocksError as error:
         error.field = PARAMETERS.get(error.field or "", error.field)

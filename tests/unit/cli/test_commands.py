@@ -106,6 +106,21 @@ def test_detach_prints_the_id_alone(aidocks: Any, finished: Any) -> None:
     assert finished.requests[0].headers["Idempotency-Key"] == "k"
 
 
+def test_terms_of_a_submission(aidocks: Any, finished: Any) -> None:
+    names = ("laser", "--base-model-name", "a", "--laser-model-name", "b")
+    assert aidocks(*names, "--detach", "--priority", "-3", "--timeout", "1h30m").code == 0
+    assert finished.requests[-1].path == "/laser?priority=-3&timeout_s=5400.0"
+    assert aidocks("jobs", "resume", "job-1", "--detach", "--priority", "2", "--timeout", "90").code == 0
+    assert finished.requests[-1].path == "/jobs/job-1/resume?priority=2&timeout_s=90.0"
+    sent = len(finished.requests)
+    for given in ("soon", "0s", "-1", "30m2h", "400d", "h", "1.5.2h", ""):
+        refused = aidocks(*names, "--timeout", given)
+        assert (refused.code, "length of time" in refused.err) == (2, True), given
+    refused = aidocks(*names, "--local", "--priority", "0")
+    assert (refused.code, "need a service" in refused.err) == (2, True)
+    assert len(finished.requests) == sent
+
+
 @pytest.mark.parametrize("form", ["yaml", "json", "stdin"])
 def test_flags_win_over_the_spec_file(aidocks: Any, finished: Any, tmp_path: Path, form: str) -> None:
     spec = {"base_model_name": "a", "laser_model_name": "b", "chunks": 8}
@@ -369,7 +384,8 @@ def test_jobs_can_be_looked_at_and_resumed_without_a_service(
     begun: list[Any] = []
     monkeypatch.setattr("aidocks.cli.run.run_here", lambda *given: begun.append(given))
     assert aidocks("jobs", "resume", job.id, "--local").code == 0
-    ((operation, asked),) = begun
+    ((operation, asked, timeout_s),) = begun
+    assert timeout_s is None
     assert (operation, asked.resume_from_checkpoint, asked.name) == ("train-llm", job.id, job.output_name)
     assert scripted.requests == []
 

@@ -100,6 +100,30 @@ def test_the_callers_key_is_used(client: Client, scripted: Any, job: Any, answer
     assert scripted.requests[0].headers["Idempotency-Key"] == "mine"
 
 
+def test_terms_of_a_submission(client: Client, scripted: Any, job: Any, answer: Any) -> None:
+    scripted.script = lambda _: answer(job(), 202)
+    client.laser(base_model_name="a", priority=3, timeout_s=90.0)
+    client.submit("laser", {"base_model_name": "a"}, priority=0)
+    client.resume("job-1", timeout_s=60.0)
+    client.laser(base_model_name="a")
+
+    async def submit() -> None:
+        async with AsyncClient(scripted.url) as other:
+            await other.laser(base_model_name="a", priority=-1, timeout_s=5.0)
+            await other.resume("job-1", priority=2)
+
+    asyncio.run(submit())
+    assert [request.path for request in scripted.requests] == [
+        "/laser?priority=3&timeout_s=90.0",
+        "/laser?priority=0",
+        "/jobs/job-1/resume?timeout_s=60.0",
+        "/laser",
+        "/laser?priority=-1&timeout_s=5.0",
+        "/jobs/job-1/resume?priority=2",
+    ]
+    assert scripted.requests[0].body == {"base_model_name": "a"}
+
+
 def test_what_has_an_effect_is_not_repeated_when_its_answer_is_lost(
     client: Client, scripted: Any, answer: Any
 ) -> None:

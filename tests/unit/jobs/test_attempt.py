@@ -8,46 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from aidocks.errors import LeaseLost, WorkerLost
-from aidocks.executor import Claim, InProcessPool, Outcome
+from aidocks.executor import InProcessPool
 from aidocks.jobs.model import EventType, Job, Status
 from aidocks.jobs.runner import run_job
 from aidocks.jobs.store import JobStore
 from aidocks.jobs.submit import submit_job
-from aidocks.plan import Unit, UnitContext
+from aidocks.plan import Unit
 from aidocks.settings import Settings
+from tests.support.fake_pool import FakePool
 from tests.support.trivial_operation import count_traces
-
-
-class FakePool:
-    """Runs units at once, several at a time, and does as ``before`` says."""
-
-    def __init__(self, before: Callable[[Unit[Any]], None] = lambda _: None, parallelism: int = 2) -> None:
-        self.parallelism = parallelism
-        self.before = before
-        self.active = self.most_active = 0
-        self.never = asyncio.Event()
-
-    async def run(
-        self, unit: Unit[Any], workspace: Path, started: Callable[[str], None], claim: Claim
-    ) -> Outcome:
-        started("worker-1")
-        self.active += 1
-        self.most_active = max(self.most_active, self.active)
-        try:
-            self.before(unit)
-            if getattr(unit, "seconds", 0) > 1000:
-                await self.never.wait()
-            await asyncio.sleep(0)
-            result: BaseModel = unit.run(UnitContext(workspace))
-            return Outcome(result, 0.01, "worker-1")
-        finally:
-            self.active -= 1
-
-    async def close(self) -> None:
-        return
 
 
 class Killed(BaseException):
@@ -179,7 +150,7 @@ def test_a_lost_worker_costs_one_unit(
     }
 
 
-def test_a_unit_that_kills_every_worker_fails_the_job(
+def test_a_unit_that_kills_every_worker_fails_the_job_when_it_does_so_again(
     settings: Settings, local_store: JobStore, begin: Callable[..., tuple[Job, int]]
 ) -> None:
     job, token = begin(units=3)
@@ -188,12 +159,15 @@ def test_a_unit_that_kills_every_worker_fails_the_job(
         if unit.label == "square of 1":
             raise WorkerLost("out of memory", value="worker-7")
 
+    again = asyncio.run(run_job(job, local_store, settings, FakePool(lose), token))
+    assert (again.status, again.failures) == (Status.QUEUED, 1)
+    job, token = claim(local_store, job)
     ended = asyncio.run(run_job(job, local_store, settings, FakePool(lose), token))
     assert ended.status is Status.FAILED
     assert ended.error is not None
     assert ended.error["code"] == "worker_lost"
     assert "square of 1: 4 workers died" in ended.error["detail"]
-    assert types(local_store, job).count(EventType.WORKER_LOST) == 4
+    assert types(local_store, job).count(EventType.WORKER_LOST) == 8
 
 
 def test_the_first_failing_unit_fails_the_job_and_stops_the_others(

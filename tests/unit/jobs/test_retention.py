@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from aidocks.errors import UnknownJob
 from aidocks.executor import InProcessPool
+from aidocks.jobs.attempt import remove_checkpoints
 from aidocks.jobs.model import Job, Status
-from aidocks.jobs.runner import remove_leftovers, run_job
+from aidocks.jobs.resume import resume_job
+from aidocks.jobs.retention import remove_leftovers, remove_old_jobs
+from aidocks.jobs.runner import run_job
 from aidocks.jobs.store import JobStore
 from aidocks.jobs.submit import submit_job
 from aidocks.settings import Settings
@@ -96,3 +100,31 @@ def test_what_an_executor_left_of_a_success_and_what_no_job_knows(
     remove_leftovers(local_store, settings)
     left = {path.name for path in settings.checkpoints_dir.iterdir()}
     assert left == {"job-unknown", "not-a-job"}
+
+
+def test_records_stay_unless_somebody_says_otherwise(
+    settings: Settings, local_store: JobStore, ended: Callable[..., Job]
+) -> None:
+    succeeded, failed = ended(), ended(fails_at=1)
+    assert remove_old_jobs(local_store, settings) == []
+    one_day = settings.model_copy(update={"job_retention_days": 1.0})
+    assert remove_old_jobs(local_store, one_day) == []
+    at_once = settings.model_copy(update={"job_retention_days": 0.0})
+    # The failed one left checkpoints: as long as they are there it can be resumed.
+    assert remove_old_jobs(local_store, at_once) == [succeeded.id]
+    remove_checkpoints(settings, failed.id)
+    assert remove_old_jobs(local_store, at_once) == [failed.id]
+    with pytest.raises(UnknownJob):
+        resume_job(settings, local_store, failed.id)
+
+
+def test_years_of_records_go_bit_by_bit(
+    settings: Settings, local_store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(7):
+        local_store.request_cancel(local_store.submit("laser", {}, output_name=None)[0].id)
+    at_once = settings.model_copy(update={"job_retention_days": 0.0})
+    monkeypatch.setattr("aidocks.jobs.store.JobStore.remove_ended.__defaults__", ((), 2))
+    monkeypatch.setattr("aidocks.jobs.retention.MOST_BATCHES", 3)
+    assert len(remove_old_jobs(local_store, at_once)) == 6
+    assert len(remove_old_jobs(local_store, at_once)) == 1

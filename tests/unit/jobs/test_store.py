@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from aidocks.errors import (
 )
 from aidocks.jobs.model import EventType, Job, Progress, Status
 from aidocks.jobs.store import JobStore
+from aidocks.jobs.terms import Terms
 
 PROGRESS = Progress(stage="s", stage_number=1, done=1, total=2, fraction=0.5)
 
@@ -46,7 +48,7 @@ def test_a_job_from_submission_to_success(store: JobStore) -> None:
     assert (job.status, job.spec, job.attempt) == (Status.QUEUED, {"a": [1, None]}, 0)
     assert store.model_in_use("x") == store.model_in_use("base") == [job.id]
     token = store.acquire_lease("service", "me")
-    assert [waiting.id for waiting in store.claimable("service")] == [job.id]
+    assert [waiting.id for waiting in store.waiting("service", token)] == [job.id]
     claimed = store.claim(job.id, token)
     assert claimed is not None
     assert (claimed.status, claimed.attempt, claimed.started_at is None) == (Status.RUNNING, 1, False)
@@ -88,11 +90,12 @@ def test_an_older_token_can_do_nothing(store: JobStore) -> None:
     # The new one holds the lease, but not yet the job.
     with pytest.raises(LeaseLost):
         store.append(job.id, EventType.MESSAGE, {}, token=new)
-    assert [left.id for left in store.claimable("service")] == [job.id]
+    (left,) = store.waiting("service", new)
+    assert (left.id, left.abandoned) == (job.id, True)
     again = store.claim(job.id, new)
     assert again is not None
     assert again.attempt == 2
-    assert store.claimable("service") == []
+    assert store.waiting("service", new) == []
     assert store.units(job.id) == {}
     assert finish(store, job, new).status is Status.SUCCEEDED
     assert store.last_sequence(job.id) == 2
@@ -105,7 +108,7 @@ def test_places_do_not_disturb_each_other(store: JobStore) -> None:
     assert store.claim(local_job.id, local) is not None
     store.append(service_job.id, EventType.MESSAGE, {}, token=token)
     store.append(local_job.id, EventType.MESSAGE, {}, token=local)
-    assert store.claimable("service") == []
+    assert store.waiting("service", token) == []
     assert [job.id for job in store.unfinished("local")] == [local_job.id]
     with pytest.raises(LeaseLost):
         store.append(service_job.id, EventType.MESSAGE, {}, token=local)
@@ -213,6 +216,76 @@ def test_idempotency_keys(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("aidocks.jobs.rows.IDEMPOTENCY_S", -1.0)
     _, created = store.submit("laser", {"a": 3}, output_name=None, idempotency_key="k")
     assert created
+
+
+def test_what_one_owner_calls_a_request_says_nothing_of_anothers(store: JobStore) -> None:
+    first, _ = store.submit("laser", {"a": 1}, output_name=None, idempotency_key="k")
+    terms = Terms(owner="key-a", priority=3, timeout_s=60.0)
+    other, created = store.submit("laser", {"a": 2}, output_name=None, idempotency_key="k", terms=terms)
+    assert created
+    assert (other.owner, other.priority, other.timeout_s) == ("key-a", 3, 60.0)
+    found = store.find_idempotent("laser", "k", {"a": 2}, owner="key-a")
+    assert found is not None
+    assert found.id == other.id
+    with pytest.raises(IdempotencyMismatch, match=first.id):
+        store.find_idempotent("laser", "k", {"a": 2})
+    assert [job.id for job in store.list(owner="key-a")] == [other.id]
+    # Other terms make no other request.
+    assert store.submit("laser", {"a": 1}, output_name=None, idempotency_key="k")[0].id == first.id
+
+
+def test_a_job_that_was_put_back_waits_for_its_time(store: JobStore) -> None:
+    job, token = running(store, "x")
+    store.record_unit(job.id, "u", "s", "l", {}, 1.0, "w", token=token)
+    waiting = store.put_back(job.id, {"code": "insufficient_disk"}, 60.0, token=token)
+    assert (waiting.status, waiting.failures, waiting.started_at) == (Status.QUEUED, 1, job.started_at)
+    assert waiting.retry_at is not None
+    assert store.events(job.id)[-1].data == {
+        "attempt": 1,
+        "reason": {"code": "insufficient_disk"},
+        "wait_s": 60.0,
+    }
+    writes = [
+        lambda: store.append(job.id, EventType.MESSAGE, {}, token=token),
+        lambda: store.record_unit(job.id, "u", "s", "l", {}, 1.0, "w", token=token),
+        lambda: store.put_back(job.id, {}, 1.0, token=token),
+        lambda: finish(store, job, token),
+    ]
+    for write in writes:
+        with pytest.raises(LeaseLost):
+            write()
+    with pytest.raises(NameTaken):
+        submit(store, "x")
+    again = store.claim(job.id, token)
+    assert again is not None
+    assert (again.attempt, again.failures, again.retry_at) == (2, 1, None)
+    assert set(store.units(job.id)) == {"u"}
+    finish(store, job, token)
+    with pytest.raises(IllegalTransition, match="succeeded"):
+        store.put_back(job.id, {}, 1.0, token=token)
+
+
+def test_old_jobs_are_removed_with_all_that_is_known_of_them(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+    for _ in range(5):
+        job, token = running(store)
+        store.record_unit(job.id, "u", "s", "l", {}, 1.0, "w", token=token)
+        ended.append(finish(store, job, token).id)
+    keyed = submit(store, idempotency_key="k").id
+    store.request_cancel(keyed)
+    unfinished = submit(store).id
+    later = time.time() + 100
+    assert store.remove_ended(time.time() - 100) == []
+    assert store.remove_ended(later, keep=[ended[0]], limit=2) == ended[1:3]
+    assert store.remove_ended(later, keep=[ended[0]]) == ended[3:], "its key may still be asked for"
+    with pytest.raises(UnknownJob):
+        store.events(ended[1])
+    assert store.units(ended[1]) == {}
+    assert [job.id for job in store.list()] == [unfinished, keyed, ended[0]]
+    monkeypatch.setattr("aidocks.jobs.rows.IDEMPOTENCY_S", -1.0)
+    assert store.remove_ended(later) == [ended[0], keyed]
 
 
 def test_a_unit_is_finished_once(store: JobStore) -> None:

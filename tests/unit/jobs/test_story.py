@@ -15,6 +15,7 @@ from aidocks.errors import InvalidSpec, WorkerLost
 from aidocks.executor import NOBODY, Claim, Outcome
 from aidocks.jobs import stages
 from aidocks.jobs.model import EventType, Progress
+from aidocks.jobs.retries import Hopeless
 from aidocks.jobs.stages import StageRun
 from aidocks.jobs.submit import plan_context
 from aidocks.plan import Gang, GangUnit, Stage, Unit, UnitContext
@@ -249,7 +250,7 @@ def test_a_gang_that_gave_up_is_not_begun_again(settings: Settings) -> None:
     stage = StageRun(
         Stage("s", (TaleOfMany(),)), 1, plan_context(settings, "job-1"), pool, pool.notes, NOBODY
     )  # type: ignore[arg-type]
-    with pytest.raises(WorkerLost, match="too often"):
+    with pytest.raises(Hopeless, match="too often"):
         asyncio.run(stage.to_results())
     assert len(runs) == 1
     assert not pool.notes.of("worker_lost"), "nobody shall read that its work runs again elsewhere"

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from aidocks.errors import AIDocksError, HubRefused, UnknownModel, UnsafeCheckpoint
+from aidocks.errors import AIDocksError, HubRefused, HubUnavailable, UnknownModel, UnsafeCheckpoint
 from aidocks.models import hub
 from aidocks.models.registry import Registry
 from aidocks.plan import UnitContext
@@ -118,13 +118,13 @@ REFUSALS = [
     (errors.RevisionNotFoundError("x", response=response(404)), UnknownModel, "no such revision", "org/name"),
     (errors.HfHubHTTPError("x", response=response(401)), HubRefused, "401", "HF_TOKEN"),
     (errors.HfHubHTTPError("x", response=response(403)), HubRefused, "403", "access"),
-    (errors.HfHubHTTPError("x", response=response(429)), HubRefused, "429", "Wait"),
-    (errors.HfHubHTTPError("x", response=response(500)), HubRefused, "answered 500", "later"),
-    (errors.LocalEntryNotFoundError("x"), HubRefused, "cannot be reached", "network"),
+    (errors.HfHubHTTPError("x", response=response(429)), HubUnavailable, "429", "Wait"),
+    (errors.HfHubHTTPError("x", response=response(500)), HubUnavailable, "answered 500", "later"),
+    (errors.LocalEntryNotFoundError("x"), HubUnavailable, "cannot be reached", "network"),
     (errors.OfflineModeIsEnabled("x"), HubRefused, "cannot be reached", "HF_HUB_OFFLINE"),
-    (httpx.ConnectError("x"), HubRefused, "cannot be reached", "network"),
-    (httpx.ReadTimeout("x"), HubRefused, "cannot be reached", "network"),
-    (ConnectionResetError("x"), HubRefused, "cannot be reached", "network"),
+    (httpx.ConnectError("x"), HubUnavailable, "cannot be reached", "network"),
+    (httpx.ReadTimeout("x"), HubUnavailable, "cannot be reached", "network"),
+    (ConnectionResetError("x"), HubUnavailable, "cannot be reached", "network"),
 ]
 
 
@@ -138,6 +138,7 @@ def test_refusals_say_what_to_do(
             return hub.fetch("org/name", SECRET)
         return hub.publish(Path("unused"), "org/name", token=SECRET, private=True)
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raising(error))
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", raising(error))
     with pytest.raises(AIDocksError) as caught:
@@ -160,8 +161,9 @@ def test_the_network_really_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubRefused, match="cannot be reached"):
+    with pytest.raises(HubRefused, match="cannot be reached") as caught:
         hub.fetch("org/name", None)
+    assert not caught.value.retryable, "it was switched off"
 
 
 @pytest.mark.parametrize("source", ["environment", "stored"])

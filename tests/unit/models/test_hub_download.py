@@ -181,7 +181,7 @@ def test_what_an_interrupted_download_lacks_is_fetched(hub: Hub, tmp_path: Path)
         (401, "RepoNotFound", "HubRefused", "does not exist, or it is private"),
         (404, "RevisionNotFound", "UnknownModel", "no such revision"),
         (403, "", "HubRefused", "(403)"),
-        (500, "", "HubRefused", "answered 500"),
+        (500, "", "HubUnavailable", "answered 500"),
     ],
 )
 def test_refusals(hub: Hub, tmp_path: Path, status: int, code: str, error: str, says: str) -> None:
@@ -193,5 +193,5 @@ def test_refusals(hub: Hub, tmp_path: Path, status: int, code: str, error: str, 
 
 def test_no_network(hub: Hub, tmp_path: Path) -> None:
     said = ask(hub, tmp_path / "home", "org/name", HF_ENDPOINT="http://127.0.0.1:9")
-    assert said["error"] == "HubRefused"
+    assert said["error"] == "HubUnavailable"
     assert "cannot be reached" in said["message"]

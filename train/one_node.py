@@ -1,0 +1,73 @@
+"""Where a gang runs when nodes share no file system: all of it on one node, which has to be large enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from aidocks.errors import InvalidSpec
+from aidocks.plan import Gang
+from cluster.gang import describe_member, require_room
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node of the cluster.
+
+    Attributes:
+        node_id: As Ray knows it, in hexadecimal digits.
+        address: By which Ray names its resource ``node:…``.
+    """
+
+    node_id: str
+    address: str
+
+    @property
+    def strategy(self) -> NodeAffinitySchedulingStrategy:
+        """What puts an actor there."""
+        return NodeAffinitySchedulingStrategy(self.node_id, soft=False)
+
+
+def choose_place(gang: Gang) -> Place:
+    """Return the node on which a gang is to run: this one, if that is large enough.
+
+    Raises:
+        InvalidSpec: None is.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    return choose(gang, [node for node in ray.nodes() if node["Alive"]], here)
+
+
+def choose(gang: Gang, nodes: Iterable[Mapping[str, Any]], here: str) -> Place:
+    """Return the node, of those that Ray lists, on which a gang is to run.
+
+    Args:
+        gang: That is to be started.
+        nodes: All that are alive.
+        here: Id of the one that is preferred.
+
+    Raises:
+        InvalidSpec: None is large enough, even if nothing else ran.
+    """
+    for node in sorted(nodes, key=lambda node: (node["NodeID"] != here, node["NodeID"])):
+        try:
+            require_room(gang, [node["Resources"]])
+        except InvalidSpec:
+            continue
+        return Place(node["NodeID"], node["NodeManagerAddress"])
+    raise InvalidSpec(
+        f"No node has room for {gang.members} workers of {describe_member(gang)} each, and the nodes of this "
+        "installation share no file system.",
+        field="workers",
+        value=gang.members,
+        hint="Ask for fewer workers, or for less for each (resources); or give the nodes a common data directory.",
+    )
+
+
+def on_node(address: str) -> dict[str, float]:
+    """Return the resource that only one node has."""
+    return {f"node:{address}": 0.001}
