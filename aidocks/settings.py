@@ -63,6 +63,12 @@ class Settings(BaseSettings):
     workers: int | None = Field(
         None, ge=1, description="Workers of the embedded cluster. Default: one per GPU, or one per core."
     )
+    scale_out: int = Field(
+        0,
+        ge=0,
+        description="Workers beyond what there is room for that waiting units may ask for, so that the cluster's "
+        "autoscaler brings nodes. 0: where no autoscaler runs.",
+    )
     checkpoint_retention_days: float = Field(
         7.0,
         ge=0,

@@ -183,6 +183,7 @@ class Supervisor:
         self._pool = pool = RayPool(
             self._settings.workers,
             reserved_gpus=serving,
+            growth=self._settings.scale_out,
             silence_s=self._settings.worker_silence_s,
             tell=partial(self._tell, store),
         )

@@ -170,22 +170,29 @@ class StageRun:
         self._pace.begin()
 
     async def _run_all(self, unit_ids: Iterable[str]) -> None:
-        waiting = iter(list(unit_ids))
+        ids = list(unit_ids)
+        waiting = iter(ids)
+        lanes = 0
+
+        def open_lanes() -> None:
+            # Twice as many as can run: a worker finds its next unit waiting. The pool may grow while the stage runs.
+            nonlocal lanes
+            while lanes < min(len(ids), 2 * self._pool.parallelism):
+                lanes += 1
+                group.create_task(work())
 
         async def work() -> None:
             for unit_id in waiting:
                 if self._broken:
                     return
                 await self._run_unit(self._units[unit_id], unit_id)
+                open_lanes()
 
-        # Twice as many as can run: a worker finds its next unit waiting, and other jobs get their turn.
-        tasks = [asyncio.create_task(work()) for _ in range(2 * self._pool.parallelism)]
         try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            async with asyncio.TaskGroup() as group:
+                open_lanes()
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from failed.exceptions[0].__cause__
 
     async def _run_unit(self, unit: Unit[Any], unit_id: str) -> None:
         for losses in range(1, WORKER_LOSSES + 2):

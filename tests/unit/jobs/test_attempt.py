@@ -267,3 +267,16 @@ def test_units_run_side_by_side_and_progress_is_not_chatty(
     events = [event for event in local_store.events(job.id) if event.type is EventType.PROGRESS]
     assert len(events) <= 4 * (ended.finished_at - ended.started_at).total_seconds() + 2
     assert [event.data["fraction"] for event in events][-1] == 1.0
+
+
+def test_a_pool_that_grows_is_used_as_it_grows(
+    settings: Settings, local_store: JobStore, begin: Callable[..., tuple[Job, int]]
+) -> None:
+    job, token = begin(units=40)
+
+    def grow(_: Any) -> None:
+        pool.parallelism = 6
+
+    pool = FakePool(before=grow, parallelism=1)
+    assert asyncio.run(run_job(job, local_store, settings, pool, token)).status is Status.SUCCEEDED
+    assert 6 <= pool.most_active <= 12
