@@ -63,6 +63,12 @@ class Settings(BaseSettings):
     workers: int | None = Field(
         None, ge=1, description="Workers of the embedded cluster. Default: one per GPU, or one per core."
     )
+    http_replicas: int = Field(
+        1,
+        ge=1,
+        description="Processes that answer HTTP. With two, nobody waits when one of them dies; limits of requests are "
+        "counted by each for itself.",
+    )
     scale_out: int = Field(
         0,
         ge=0,

@@ -1,9 +1,21 @@
-"""How many threads of a processor an algorithm uses."""
+"""How many threads of a processor an algorithm uses, and who goes before it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+#: By how much those who compute go after those who answer requests and mind the jobs.
+NICENESS = 10
+
+
+def give_way() -> None:
+    """Let this thread, and those that it starts, compute when nobody else wants the processor.
+
+    Who answers requests waits most of the time, and must not wait for a turn besides.
+    """
+    os.nice(NICENESS)
 
 
 @contextmanager

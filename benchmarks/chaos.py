@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +30,10 @@ from tests.support.orders import KINDS
 
 #: What is promised, in seconds, and the fault that is measured for it.
 PROMISED = {"kill worker": 5.0, "kill supervisor": 10.0, "kill node": 40.0, "kill head": 60.0}
+#: What takes the program away that takes the connections.
+PROXY_FAULTS = ("kill haproxy", "kill proxy actor")
+#: How long it may take until there is another.
+PROXY_S = 20.0
 
 
 def main() -> int:
@@ -39,8 +44,7 @@ def main() -> int:
         print(f"{time.monotonic() - begin:7.1f} s  {text}", file=sys.stderr, flush=True)
 
     sound = True
-    with tempfile.TemporaryDirectory(prefix="aidocks-chaos-") as scratch:
-        directory = Path(scratch)
+    with _directory(asked.directory) as directory:
         stories = _stories(directory)
         print("\n".join(_circumstances()))
         if asked.faults:
@@ -54,7 +58,7 @@ def main() -> int:
             )
             verdict = endure(ordeal, directory / "storm", stories, tell)
             print("\n".join(_storm(verdict)))
-            sound = not verdict.violations
+            sound = not verdict.violations and not verdict.unrecovered
         if asked.recoveries:
             print("\n".join(_recoveries(asked.recoveries, asked.seed, directory, stories, tell)))
     return 0 if sound else 1
@@ -68,8 +72,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--disk-mb", type=int, default=500, help="size of the data directory's own disk")
     parser.add_argument("--postgres", action="store_true")
     parser.add_argument("--recoveries", type=int, default=5, help="how often each is measured by itself")
+    parser.add_argument("--directory", type=Path, help="of its own, where the logs stay")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     return parser.parse_args()
+
+
+@contextmanager
+def _directory(asked: Path | None) -> Iterator[Path]:
+    if asked is not None:
+        asked.mkdir(parents=True)
+        yield asked
+        return
+    with tempfile.TemporaryDirectory(prefix="aidocks-chaos-") as scratch:
+        yield Path(scratch)
 
 
 def _stories(directory: Path) -> Path:
@@ -90,16 +105,30 @@ def _storm(verdict: Verdict) -> Iterator[str]:
     yield ""
     yield f"{len(verdict.struck)} faults in {verdict.seconds:.0f} s, seed {verdict.ordeal.seed}"
     yield ""
-    yield "| fault | times | work again after, median | worst |"
-    yield "|---|---|---|---|"
+    yield "| fault | times | work again after, median | worst | requests until the next one | not answered |"
+    yield "|---|---|---|---|---|---|"
+    by_fault = verdict.by_fault()
     for fault, times in Counter(struck.fault for struck in verdict.struck).most_common():
         found = verdict.recoveries(fault)
-        yield f"| {fault} | {times} | {_seconds(_median(found))} | {_seconds(max(found, default=None))} |"
+        asked = by_fault.get(fault, [])
+        missed = probe.kinds(answer for answer in asked if not answer.good)
+        told = ", ".join(f"{count} {what}" for what, count in missed.items()) or "0"
+        yield (
+            f"| {fault} | {times} | {_seconds(_median(found))} | {_seconds(max(found, default=None))} "
+            f"| {len(asked)} | {told} |"
+        )
+    spans = [(s.time, s.time + PROXY_S) for s in verdict.struck if s.fault in PROXY_FAULTS]
+    others = probe.outside(verdict.answers, spans)
     yield ""
     yield f"jobs: {verdict.statuses}"
     yield f"requests: {len(verdict.answers)}, of which {verdict.availability:.2%} were answered or asked to come again"
+    yield (
+        f"but for the {PROXY_S:.0f} s after {' and '.join(PROXY_FAULTS)}: {len(others)}, "
+        f"of which {probe.share_good(others):.2%}"
+    )
     yield f"answers: {probe.kinds(verdict.answers)}"
     yield from _listed("failed, and why", verdict.failures)
+    yield from _listed("work not seen to go on", [f"{s.fault}: {s.victim}" for s in verdict.unrecovered])
     yield from _listed("violations", verdict.violations)
 
 

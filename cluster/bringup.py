@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -124,9 +125,25 @@ def _patient_status(settings: Settings) -> ServiceStatus:
     deadline = time.monotonic() + patience_s
     while True:
         status = service_status(settings)
+        if (
+            status.healthy
+            and instance is not None
+            and not (instance.existing or _accepts(instance.ray_address))
+        ):
+            # HAProxy and the replica go on for a while when the rest is dead.
+            status = status.model_copy(update={"healthy": False})
         if status.healthy or not status.running or time.monotonic() >= deadline:
             return status
         time.sleep(POLL_S)
+
+
+def _accepts(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=HEALTH_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def deploy_to_cluster(

@@ -77,7 +77,7 @@ def remove_orphaned_placements() -> int:
     import ray
     from ray._private.state import state
     from ray._raylet import PlacementGroupID
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     job_id = bytes.fromhex(ray.get_runtime_context().get_job_id())

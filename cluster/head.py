@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import secrets
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from aidocks._root import service_root
 from aidocks.errors import StartupFailed
 from aidocks.settings import Settings
+from cluster import front
 from cluster.ports import LOOPBACK, free_ports
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
@@ -30,6 +32,13 @@ HEALTH_CHECKS = {
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "4",
+}
+#: The application in the replica's own event loop: to hand each request over to another thread, and its answer back,
+#: costs more than most requests do. What takes long is done in threads anyway.
+SERVE = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # Ray gives all its workers 15, those that answer requests, too; whoever computes goes back by himself.
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -87,22 +96,13 @@ def make_temp_dir(settings: Settings) -> Path:
 
 
 def make_proxy_wrapper(settings: Settings) -> None:
-    """Write the program that Serve starts as HAProxy: it keeps the statistics pages on loopback, too.
-
-    Serve's template binds them to all interfaces and has no option for it.
-    """
+    """Write the program that Serve starts as HAProxy; what it does is in ``cluster/front.py``."""
     binary = _haproxy_binary()
     if binary is None:
         return
     wrapper = temp_dir(settings) / "haproxy"
-    wrapper.write_text(
-        "#!/bin/sh\n"
-        "for file; do case $file in *.cfg)\n"
-        # The front itself excepted, of which the template writes the same for 0.0.0.0.
-        f'  sed -i -E "/:{settings.port}$/! s/^( *bind) \\*?:/\\1 127.0.0.1:/" "$file";;\n'
-        "esac; done\n"
-        f'exec "{binary}" "$@"\n'
-    )
+    program = [sys.executable, "-I", "-S", front.__file__, marker(settings), str(binary), str(settings.port)]
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(program)} "$@"\n')
     wrapper.chmod(0o700)
 
 
@@ -166,6 +166,7 @@ def head_environment(settings: Settings, ports: Ports) -> dict[str, str]:
         | client_environment(settings, ports)
         | _proxy_environment(settings, ports, directory)
         | HEALTH_CHECKS
+        | SERVE
         | {
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(python_path)),
             # `ray job submit -- python ...` finds the interpreter that has AIDocks.

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from aidocks.errors import Conflict
 from aidocks.settings import Settings
+from cluster.front import GUARD
 from cluster.head import marker as head_marker
 from cluster.head import ray_dir, temp_dir
 
@@ -124,14 +125,15 @@ def _processes(head: psutil.Process | None, settings: Settings) -> list[psutil.P
         except (psutil.Error, OSError):
             continue
         present.append((process, session))
-        if session != os.getsid(0) and _is_ours(command, settings):
+        if session != os.getsid(0) and is_ours(command, settings):
             sessions.add(session)
     return [process for process, session in present if session in sessions]
 
 
-def _is_ours(command: list[str], settings: Settings) -> bool:
+def is_ours(command: list[str], settings: Settings) -> bool:
+    """Say whether a command line is that of a process of this installation's service."""
     if head_marker(settings) in command:
-        return "--head" in command or "cluster.deploy" in command
+        return not {"--head", "cluster.deploy", GUARD}.isdisjoint(command)
     prefix = f"{temp_dir(settings)}/"
     daemon = bool(command) and Path(command[0]).name in DAEMONS
     return daemon and any(prefix in argument for argument in command[1:])

@@ -23,7 +23,7 @@ from cluster import room, signs
 from cluster.crew import Crew, Slot, locate, options_of
 from cluster.deaths import DEATHS, reason
 from cluster.room import Kind
-from cluster.signs import GROUP, result
+from cluster.signs import GROUP
 from cluster.turns import Request, Turns
 from cluster.view import look
 from cluster.worker import Worker
@@ -41,6 +41,8 @@ REFRESH_S, REST_S = 3.0, 30.0
 SWEEP_S, SWEEP_AT_REST_S, SWEEP_FOR_S = 2.0, 60.0, 30.0
 #: How long a gang waits for its turns before people hear of it.
 GANG_PATIENCE_S = 10.0
+#: How long a worker may be idle while a gang waits for room.
+ROOM_S = 1.0
 #: How long a killed gang's members are waited for.
 KILL_WAIT_S = 5.0
 
@@ -155,6 +157,7 @@ class RayPool:
         async with self._turns_for_gang(unit, claim):
             while True:
                 slot = self._crew.add("gang", None, lambda name: _gang_actor().remote(name))
+                making_room = asyncio.create_task(self._make_room(directory, gang.members))
                 try:
                     return await self._run_on(slot, unit, workspace, started)
                 except WorkerLost as error:
@@ -163,12 +166,23 @@ class RayPool:
                         raise
                     _log.warning("%s begins anew: %s", unit.label, error)
                 finally:
+                    making_room.cancel()
                     if slot.name in self._crew.slots:
                         self._crew.drop(slot)
                     self._sweep_often_until = time.monotonic() + SWEEP_FOR_S
                     self._next_sweep = 0.0
                     await _wait_until_empty(directory, gang.members)
                 gangs.say(unit, f"{slot.name} died; it begins anew from its last checkpoint")
+
+    async def _make_room(self, directory: Path, members: int) -> None:
+        """Let idle workers go for as long as no member of a gang is up: whoever places the members asks nobody.
+
+        There are as many turns as the gang needs, but workers that are idle may keep a core on every node.
+        """
+        while True:
+            if await asyncio.to_thread(gangs.is_empty, directory, members):
+                self._crew.drop_idle(lambda slot: time.monotonic() - slot.since >= ROOM_S)
+            await asyncio.sleep(ROOM_S)
 
     @contextlib.asynccontextmanager
     async def _turns_for_gang(self, unit: GangUnit[Any], claim: Claim) -> AsyncIterator[None]:
@@ -191,14 +205,12 @@ class RayPool:
 
     @contextlib.asynccontextmanager
     async def _turns_for(self, claim: Claim, turns: int) -> AsyncIterator[None]:
-        got: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        request = Request(
-            claim.owner, claim.job, claim.priority, turns, lambda: got.done() or got.set_result(None)
-        )
+        got = asyncio.Event()
+        request = Request(claim.owner, claim.job, claim.priority, turns, got.set)
         self._turns.ask(request)
         self._count()
         try:
-            await got
+            await got.wait()
             yield
         finally:
             self._turns.give_back(request)
@@ -209,9 +221,10 @@ class RayPool:
         """Run a unit on an actor, which is dropped if it dies, falls silent or is not waited for."""
         slot.unit = unit.label
         try:
-            await locate(slot)
+            place = await locate(slot)
             started(slot.name)
-            outcome = await self._heard_of(slot, slot.handle.run.remote(unit, workspace))
+            work = slot.handle.run.remote(unit, workspace)
+            outcome = await signs.heard_of(slot.handle, place, work, self._silence_s)
         except DEATHS as error:
             self._drop_dead(slot)
             raise WorkerLost(reason(error), value=slot.name) from error
@@ -229,36 +242,6 @@ class RayPool:
             raise
         assert isinstance(outcome, Outcome)
         return outcome
-
-    async def _heard_of(self, slot: Slot, reference: Any) -> Any:
-        """Await what an actor makes, as long as it gives signs of life.
-
-        Raises:
-            TimeoutError: It fell silent.
-        """
-        work = asyncio.ensure_future(result(reference))
-        silent = asyncio.ensure_future(self._until_silent(slot))
-        try:
-            await asyncio.wait({work, silent}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise TimeoutError
-            return work.result()
-        finally:
-            for task in (work, silent):
-                task.cancel()
-
-    async def _until_silent(self, slot: Slot) -> None:
-        while True:
-            await asyncio.sleep(self._silence_s / 6)
-            try:
-                sign = slot.handle.__ray_call__.options(concurrency_group=GROUP).remote(signs.answer)
-                await asyncio.wait_for(result(sign), self._silence_s * 5 / 6)
-            except TimeoutError:
-                assert slot.place is not None
-                if not await signs.still_works(slot.place):
-                    return
-            except RayError as error:  # whoever awaits its work hears of it, too
-                _log.info("%s does not answer: %s", slot.name, type(error).__name__)
 
     def _drop_dead(self, slot: Slot) -> None:
         """Drop a worker that died; what dies of a node's death is dropped before anybody relies on it."""
@@ -369,7 +352,12 @@ async def _sweep() -> None:
 
 def _gang_actor() -> Any:
     module, _, name = gangs.ACTOR.partition(":")
-    options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 1, "concurrency_groups": {GROUP: 1}}
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "max_restarts": 0,
+        "max_concurrency": 1,
+        "concurrency_groups": {GROUP: 1},
+    }
     return ray.remote(**options)(getattr(import_module(module), name))
 
 

@@ -12,6 +12,7 @@ threads wait for each other while the interpreter is free, is for the job's time
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -35,6 +36,8 @@ END_WAIT_S = 5.0
 #: How long a task on another node may take to begin: it may have to start a process there.
 _TASK_WAIT_S = 10.0
 _POLL_S = 0.01
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,45 @@ def _ticks(pid: int, began: str) -> int | None:
 def _stat(pid: int) -> list[str]:
     # The third field of proc_pid_stat(5) on; the second, the command, may contain spaces and parentheses.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+async def heard_of(actor: Any, place: Place, work: Any, silence_s: float) -> Any:
+    """Await what an actor makes, as long as it gives signs of life.
+
+    Args:
+        actor: Its handle.
+        place: Where its process is.
+        work: Reference to what it makes.
+        silence_s: How long it may give none.
+
+    Raises:
+        TimeoutError: It fell silent.
+    """
+    made = asyncio.ensure_future(result(work))
+    silent = asyncio.ensure_future(_until_silent(actor, place, made, silence_s))
+    try:
+        await asyncio.wait({made, silent}, return_when=asyncio.FIRST_COMPLETED)
+        if not made.done():
+            raise TimeoutError
+        return made.result()
+    finally:
+        for task in (made, silent):
+            task.cancel()
+
+
+async def _until_silent(actor: Any, place: Place, made: asyncio.Future[Any], silence_s: float) -> None:
+    # Being cancelled is not enough to end it: of an actor that dies, both fail in the same moment, and Python 3.11's
+    # wait_for then raises what the answer failed with alone.
+    while not made.done():
+        await asyncio.sleep(silence_s / 6)
+        try:
+            sign = actor.__ray_call__.options(concurrency_group=GROUP).remote(answer)
+            await asyncio.wait_for(result(sign), silence_s * 5 / 6)
+        except TimeoutError:
+            if not await still_works(place):
+                return
+        except RayError as error:  # whoever awaits its work hears of it, too
+            _log.info("process %d does not answer: %s", place.pid, type(error).__name__)
 
 
 async def still_works(place: Place) -> bool:

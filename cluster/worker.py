@@ -11,6 +11,7 @@ from aidocks.executor import Outcome, let_threads_sleep, run_unit
 from aidocks.log import log_to_file
 from aidocks.plan import Unit, UnitContext, WorkerCache
 from aidocks.settings import Settings
+from aidocks.threads import give_way
 
 
 class Worker:
@@ -31,6 +32,7 @@ class Worker:
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[variable] = str(threads)
         let_threads_sleep()
+        give_way()
         log_to_file(Settings(), f"{name}.log")
 
     def run(self, unit: Unit[Any], workspace: Path) -> Outcome:

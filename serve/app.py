@@ -169,7 +169,7 @@ def build_app(settings: Settings) -> Application:
 
     deployment = serve.deployment(
         name="http",
-        num_replicas=1,
+        num_replicas=settings.http_replicas,
         ray_actor_options={"num_cpus": 0, "resources": beside_the_store(settings)},
         # Those that wait for a model, event streams, and room for all others beside them.
         max_ongoing_requests=MOST_WAITING_REQUESTS + MAX_STREAMS + 80,
@@ -178,6 +178,8 @@ def build_app(settings: Settings) -> Application:
         # Streams never end by themselves; their readers connect again.
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
+        # The gate writes one, with more in it.
+        logging_config={"enable_access_log": False},
     )
     application: Application = deployment(serve.ingress(build)()).bind(retrieval_application(settings))
     return application

@@ -17,6 +17,7 @@ from aidocks.models.registry import Registry
 from aidocks.models.resolve import ModelResolver
 from aidocks.settings import Settings
 from serve.readiness import Readiness
+from serve.reads import Reads
 from serve.retrieval.deployment import ComputeLink
 from serve.retrieval.lookup import Lookup
 from serve.retrieval.waiting import Waiting
@@ -45,6 +46,7 @@ class Context:
     readiness: Readiness = field(init=False)
     retrievers: Lookup = field(init=False)
     waiting: Waiting = field(init=False)
+    reads: Reads = field(default_factory=Reads)
     streams: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +62,7 @@ class Context:
         self.waiting = Waiting(self.compute.compute, lanes=self.settings.serving_replicas)
 
     def close(self) -> None:
+        self.reads.close()
         self.store.close()
         self._database.close()
 

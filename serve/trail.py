@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -122,9 +122,13 @@ class Trail:
                     await self._safely(self._audit.sweep)
                 await asyncio.sleep(WRITE_S)
         finally:
-            await self._safely(self.write)
+            # Not in a thread: a process that ends starts none any more.
+            try:
+                self.write()
+            except Exception:
+                log.exception("the audit log could not be written")
 
-    async def _safely(self, work: Any) -> None:
+    async def _safely(self, work: Callable[[], object]) -> None:
         try:
             await asyncio.to_thread(work)
         except Exception:

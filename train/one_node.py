@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from aidocks.errors import InvalidSpec
-from aidocks.plan import Gang
-from cluster.gang import describe_member, require_room
+from aidocks.errors import InvalidSpec, WorkerLost
+from aidocks.plan import Gang, GangUnit
+from cluster.gang import describe_member, require_room, say
+
+#: How often it is looked for a node that is gone.
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,35 @@ class Place:
         return NodeAffinitySchedulingStrategy(self.node_id, soft=False)
 
 
-def choose_place(gang: Gang) -> Place:
+def choose_place(unit: GangUnit[Any], *, again: bool) -> Place:
     """Return the node on which a gang is to run: this one, if that is large enough.
+
+    Args:
+        unit: What the gang runs.
+        again: Whether it has run before: then there was such a node, and it is waited for.
 
     Raises:
         InvalidSpec: None is.
+        WorkerLost: None is any more, and none came back.
     """
+    gang = unit.gang
     here = ray.get_runtime_context().get_node_id()
-    return choose(gang, [node for node in ray.nodes() if node["Alive"]], here)
+    deadline = time.monotonic() + gang.patience_s
+    told = False
+    while True:
+        try:
+            return choose(gang, [node for node in ray.nodes() if node["Alive"]], here)
+        except InvalidSpec as error:
+            if not again:
+                raise
+            if time.monotonic() >= deadline:
+                raise WorkerLost(
+                    f"A part of the cluster is gone and did not come back. {error.message}", hint=error.hint
+                ) from None
+            if not told:
+                say(unit, f"A part of the cluster is gone. {error.message} It waits for it to come back.")
+                told = True
+        time.sleep(_LOOK_S)
 
 
 def choose(gang: Gang, nodes: Iterable[Mapping[str, Any]], here: str) -> Place:

@@ -24,9 +24,10 @@ from aidocks.log import about, log_to_file
 from aidocks.plan import Gang, GangUnit
 from aidocks.settings import Settings
 from aidocks.storage import shared
-from aidocks.storage.checkpoints import bring_checkpoints, sharing_checkpoints
+from aidocks.storage.checkpoints import bring_checkpoints, has_begun, sharing_checkpoints
 from aidocks.storage.units import run_shared
 from aidocks.telling import last_words
+from aidocks.threads import give_way
 from cluster.gang import hold_place, resources_of_a_member, say
 from train.one_node import Place, choose_place, on_node
 
@@ -81,7 +82,8 @@ class RayGang:
         here = shared(workspace)
         if here is None:
             return self._run(unit, workspace)
-        place = choose_place(unit.gang)
+        unit.directory(workspace).mkdir(parents=True, exist_ok=True)
+        place = choose_place(unit, again=has_begun(here, unit.gang.checkpoints))
         if place.node_id != ray.get_runtime_context().get_node_id():
             return self._run_there(place, unit, workspace)
         self._address = place.address
@@ -223,6 +225,7 @@ def _work(config: dict[str, Any]) -> None:
     directory = unit.directory(workspace)
     rank = ray.train.get_context().get_world_rank()
     hold_place(directory, rank)
+    give_way()
     _log_to(directory / f"log-{rank}.txt")
     module, _, name = unit.entry.partition(":")
     getattr(import_module(module), name)(unit)

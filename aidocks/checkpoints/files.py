@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from aidocks.checkpoints.space import format_bytes
+from aidocks.checkpoints.space import FULL, format_bytes
 from aidocks.checkpoints.stream import HashingStream, write_all
 from aidocks.errors import CorruptCheckpoint, InsufficientDisk
 
@@ -23,7 +23,6 @@ UNFINISHED = ".tmp-"
 # Large, because between two chunks a thread waits for its turn while others run Python.
 _CHUNK_BYTES = 4 << 20
 _CANNOT_PREALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class OutputFile(BaseModel):
@@ -173,7 +172,7 @@ class StagedFile:
         try:
             yield
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in FULL:
                 raise
             raise InsufficientDisk(
                 f"The disk is full: {self._path} needs {format_bytes(self._size)}.",

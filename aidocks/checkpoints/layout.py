@@ -19,6 +19,8 @@ ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safete
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 _SHARD_NAME = re.compile(r"[^/\\\0.][^/\\\0]{0,230}\.safetensors")
 _MAX_JSON_BYTES = 256 << 20
+#: What a configuration may name, and how long a name may be: errors repeat them.
+_MOST_ARCHITECTURES, _LONGEST_NAME = 8, 200
 #: Formats that are, or may hold, Python pickles: loading one can run code.
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _TRAVELS = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
@@ -46,7 +48,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Return config.json.
 
     Raises:
-        CorruptCheckpoint: When it is missing or not a JSON object.
+        CorruptCheckpoint: When it is missing, not a JSON object, or calls a model what no model is called.
         UnsafeCheckpoint: When the model consists of code that the checkpoint brings along.
     """
     path = directory / CONFIG_FILE
@@ -56,6 +58,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             hint="Copy the configuration beside the weights; it says which architecture they belong to.",
         )
     config = read_json_object(path)
+    _require_names(config, directory.name)
     if config.get("auto_map") and not _is_native(config.get("model_type")):
         raise UnsafeCheckpoint(
             f"{directory.name} needs Python code of its own (auto_map in {CONFIG_FILE}), and "
@@ -63,6 +66,19 @@ def read_config(directory: Path) -> dict[str, Any]:
             hint="AIDocks never runs code from a checkpoint; use a model that transformers supports itself.",
         )
     return config
+
+
+def _require_names(config: dict[str, Any], name: str) -> None:
+    architectures = config.get("architectures")
+    names = [
+        *(architectures if isinstance(architectures, list) else [architectures]),
+        config.get("model_type"),
+    ]
+    if len(names) > _MOST_ARCHITECTURES + 1 or any(
+        len(each) > _LONGEST_NAME if isinstance(each, str) else isinstance(each, list | dict)
+        for each in names
+    ):
+        raise CorruptCheckpoint(f"{CONFIG_FILE} of {name} names no kind of model that there is.")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
 from aidocks.errors import InsufficientDisk
+
+#: What the system says where a disk, or what somebody may have of it, is used up.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def require_space(directory: Path, needed_bytes: int) -> None:

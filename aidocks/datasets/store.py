@@ -164,10 +164,9 @@ class DatasetStore:
         """
         dataset = self.get(reference)
         if self._shared is not None:
-            from aidocks.storage.datasets import drop_copy
+            from aidocks.storage.datasets import delete_dataset
 
-            self._shared.datasets.remove(dataset.name)
-            drop_copy(self._dir / dataset.name)
+            delete_dataset(self._shared, dataset.name)
             return dataset
         trash = self._dir / _TRASH / uuid.uuid4().hex
         trash.parent.mkdir(exist_ok=True)
@@ -353,26 +352,24 @@ class Upload:
             if self._name != self.id:
                 store.require_free(self._name)
             store.room(self._file.size, published=True)
-            self._share()
-            try:
-                os.rename(self._directory, target)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise
-                raise NameTaken(
-                    f"There is a data set called {self._name!r} already.", field="name"
-                ) from error
+            if not self._place(target):
+                raise NameTaken(f"There is a data set called {self._name!r} already.", field="name")
             sync_directory(store._dir)
         return described
 
-    def _share(self) -> None:
-        """Publish the file for all nodes, where storage is shared."""
-        if self._store._shared is None:
-            return
-        from aidocks.storage.datasets import publish_dataset
+    def _place(self, target: Path) -> bool:
+        """Make the directory what has its name, for all nodes where storage is shared; return whether that was free."""
+        if self._store._shared is not None:
+            from aidocks.storage.datasets import publish_dataset
 
-        if not publish_dataset(self._store._shared, self._directory, self._name):
-            raise NameTaken(f"There is a data set called {self._name!r} already.", field="name")
+            return publish_dataset(self._store._shared, self._directory, self._name)
+        try:
+            os.rename(self._directory, target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            return False
+        return True
 
     def close(self) -> None:
         """Leave what is there to somebody who goes on with it."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from aidocks.checkpoints.space import FULL
 from aidocks.errors import InsufficientDisk, InvalidSpec
 
 #: Ending -> the ending under which the file is stored.
@@ -25,7 +25,6 @@ _PARQUET = b"PAR1"
 _MAX_FILENAME = 255
 _READ_BYTES = 4 << 20
 _BLANK = re.compile(rb"\n[ \t\r\f\v]*(?=\n)")
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def checked_filename(filename: str) -> str:
@@ -168,7 +167,7 @@ def explaining_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         raise InsufficientDisk(
             "The disk is full: the data set could not be stored.",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from aidocks.storage import sizes_of
+
 #: Files of fewer bytes in all are held by any worker.
 SMALL = 1 << 30
 #: The libraries, the texts, and what a few thousand tokens leave behind in the layers.
@@ -29,6 +31,6 @@ def memory_to_load(*models: Path) -> int | None:
 
 def _weights(model: Path) -> int:
     try:
-        return sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        return sum(size for name, size in sizes_of(model).items() if name.endswith(".safetensors"))
     except OSError:
         return 0

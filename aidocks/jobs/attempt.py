@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from aidocks.errors import AIDocksError, LeaseLost, TimedOut
+from aidocks.checkpoints.space import FULL
+from aidocks.errors import AIDocksError, InsufficientDisk, LeaseLost, TimedOut
 from aidocks.executor import Claim
 from aidocks.jobs.model import EventType, Job, Status
 from aidocks.jobs.observer import Unobserved
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from aidocks.settings import Settings
 
 CANCEL_POLL_S = 0.5
+_MAKE_ROOM = "Free some space, or put the data directory on a larger disk (AIDOCKS_HOME)."
 
 _log = logging.getLogger(__name__)
 
@@ -90,12 +92,20 @@ async def _run_to_end(run: _JobRun, job: Job) -> Job:
     except Hopeless as hopeless:
         return await run.fail(hopeless.error)
     except AIDocksError as error:
-        wait_s = run.wait_before_retry(error)
-        return await (run.fail(error) if wait_s is None else run.put_back(error, wait_s))
+        return await _put_back_or_fail(run, error)
     except Exception as error:  # noqa: BLE001 - the job ends with it; the traceback goes to the log
         _log.exception("job %s failed unexpectedly", job.id)
+        if isinstance(error, OSError) and error.errno in FULL:
+            return await _put_back_or_fail(
+                run, InsufficientDisk(f"The disk is full: {error}", hint=_MAKE_ROOM)
+            )
         return await run.fail(AIDocksError(f"{type(error).__name__}: {error}"))
     return await run.end(Status.SUCCEEDED, result=result)
+
+
+async def _put_back_or_fail(run: _JobRun, error: AIDocksError) -> Job:
+    wait_s = run.wait_before_retry(error)
+    return await (run.fail(error) if wait_s is None else run.put_back(error, wait_s))
 
 
 class _JobRun:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,22 +39,31 @@ def shared(path: Path) -> SharedFiles | None:
     url = os.environ.get("AIDOCKS_STORAGE_URL")
     if not url:
         return None
-    from aidocks.settings import Settings
-
-    settings = Settings()
-    return open_shared(settings) if path.is_relative_to(settings.home) else None
+    home = _home(os.environ.get("AIDOCKS_HOME"))
+    return _open(url, home) if path.is_relative_to(home) else None
 
 
 def open_shared(settings: Settings) -> SharedFiles | None:
     """Return what an installation shares; None where it has no URL. Raises as :func:`shared` does."""
-    if not settings.storage_url:
-        return None
+    return _open(settings.storage_url, settings.home) if settings.storage_url else None
+
+
+def _open(url: str, home: Path) -> SharedFiles:
     from aidocks.storage.files import SharedFiles
     from aidocks.storage.objects import open_store
 
-    store = open_store(settings.storage_url)
     with _opening:
-        return _opened.setdefault((settings.storage_url, settings.home), SharedFiles(settings.home, store))
+        if (url, home) not in _opened:
+            _opened[url, home] = SharedFiles(home, open_store(url))
+        return _opened[url, home]
+
+
+@cache
+def _home(_of: str | None) -> Path:
+    """Return the data directory; asked often, and read from the environment once for each value there."""
+    from aidocks.settings import Settings
+
+    return Settings().home
 
 
 def check(settings: Settings) -> str | None:
@@ -117,12 +128,38 @@ def is_kept(path: Path, size: int, sha256: str) -> bool:
 
 
 def bring_file(path: Path) -> None:
-    """Bring one file of a job's or a scan's that was shared, or all below a directory, where it is not here."""
+    """Bring one file of a job's, or all below a directory, where it was shared; one that is newer here is shared.
+
+    So what is told on this node of a training on another one is in the story that goes on there.
+    """
     here = shared(path)
     if here is None:
         return
     entry = here.entry(path)
-    here.bring({path: entry} if entry is not None else here.entries(path))
+    if path.is_file() and (entry is None or path.stat().st_mtime_ns > entry.changed_ns):
+        here.keep([path])
+    else:
+        here.bring({path: entry} if entry is not None else here.entries(path))
+
+
+def sizes_of(directory: Path) -> dict[str, int]:
+    """Return name -> bytes of the files in a directory, of a model or of a job, on whatever node they are.
+
+    Raises:
+        CorruptCheckpoint, ServiceUnreachable: The storage cannot say.
+    """
+    here = shared(directory)
+    found: dict[Path, int] = {}
+    if here is not None and directory.parent == here.home / "models":
+        from aidocks.storage.models import SharedModels
+
+        found = SharedModels(here, directory.parent).sizes(directory.name)
+    elif here is not None:
+        found = {path: entry.bytes for path, entry in here.entries(directory).items()}
+    for path in directory.glob("*"):
+        with suppress(FileNotFoundError):
+            found[path] = path.stat().st_size
+    return {path.name: size for path, size in found.items() if path.parent == directory}
 
 
 def identity_of(directory: Path) -> str:

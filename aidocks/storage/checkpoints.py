@@ -19,6 +19,8 @@ from aidocks.training.checkpoints import complete_checkpoints, step_of
 
 #: How often it is looked for new ones, and for what the training tells.
 LOOK_S = 2.0
+#: Stands beside the checkpoints as soon as a training has begun.
+_BEGUN = "begun"
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +44,11 @@ def bring_checkpoints(directory: Path) -> None:
         here.bring_tree(kept[-1])
 
 
+def has_begun(here: SharedFiles, directory: Path) -> bool:
+    """Tell whether the training of a job's checkpoints has begun before, on whatever node."""
+    return here.entry(directory / _BEGUN) is not None
+
+
 @contextmanager
 def sharing_checkpoints(here: SharedFiles, directory: Path, story: Path | None) -> Iterator[None]:
     """Share a job's checkpoints, and the story of its training, while the block runs, and once more in the end.
@@ -56,16 +63,16 @@ def sharing_checkpoints(here: SharedFiles, directory: Path, story: Path | None) 
     Raises:
         ServiceUnreachable: The last ones could not be shared.
     """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _BEGUN).touch()
+    here.keep([directory / _BEGUN])
     over = threading.Event()
 
     def work() -> None:
         while not over.wait(LOOK_S):
             try:
                 _share(here, directory, story)
-            except (
-                AIDocksError,
-                FileNotFoundError,
-            ) as error:  # also: the training has just removed an old one
+            except (AIDocksError, OSError) as error:  # also: the training has just removed an old one
                 _log.warning("checkpoints are shared later: %s", error)
 
     thread = threading.Thread(target=work, name="aidocks-checkpoints", daemon=True)

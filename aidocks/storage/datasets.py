@@ -22,7 +22,9 @@ _MARK = "copy-of-shared-storage"
 
 
 def publish_dataset(here: SharedFiles, directory: Path, name: str) -> bool:
-    """Share a staged data set: its file first, then its description; return whether the name was free.
+    """Share a staged data set, its file first, then its description; return whether the name was free.
+
+    The directory becomes this node's copy.
 
     Args:
         here: What is shared.
@@ -34,18 +36,30 @@ def publish_dataset(here: SharedFiles, directory: Path, name: str) -> bool:
         CorruptCheckpoint: The file is not what its description says.
         ServiceUnreachable: The storage does not answer.
     """
-    _require_copy(here.home / "datasets" / name)
+    target = here.home / "datasets" / name
+    _require_copy(target)
     described = (directory / DATASET_FILE).read_bytes()
     entry, file = _described(described, name)
-    here.put(directory / file, entry.bytes, entry.sha256)
-    if not here.datasets.create(name, described):
-        return False
+    here.put(directory / file, entry.sha256)
     (directory / _MARK).touch()
-    drop_copy(here.home / "datasets" / name)
+    # Whoever asks for it on this node meanwhile waits, and finds it.
+    with here.hold(target):
+        if not here.datasets.create(name, described):
+            return False
+        _drop_copy(target)
+        os.rename(directory, target)
     return True
 
 
-def drop_copy(directory: Path) -> None:
+def delete_dataset(here: SharedFiles, name: str) -> None:
+    """Remove a data set: out of sight of all nodes at once, then from this one."""
+    here.datasets.remove(name)
+    directory = here.home / "datasets" / name
+    with here.hold(directory):
+        _drop_copy(directory)
+
+
+def _drop_copy(directory: Path) -> None:
     """Remove this node's copy of a data set, if that is one; its mark goes last."""
     if not (directory / _MARK).is_file():
         return
@@ -62,12 +76,12 @@ def bring_dataset(here: SharedFiles, name: str) -> Path | None:
     """
     if not is_model_name(name):
         return None
-    described = here.datasets.read(name)
-    if described is None:
-        return None
     directory = here.home / "datasets" / name
-    entry, file = _described(described, name)
     with here.hold(directory):
+        described = here.datasets.read(name, fresh=True)
+        if described is None:
+            return None
+        entry, file = _described(described, name)
         if not (_reads(directory / DATASET_FILE) == described and _has(directory / file, entry)):
             _require_copy(directory)
             directory.mkdir(parents=True, exist_ok=True)

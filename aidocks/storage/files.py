@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
@@ -34,9 +34,12 @@ from aidocks.storage.objects import Listed, ObjectStore
 #: Contents that nothing names are removed when they are older; one that is half as old is written anew before it is
 #: named again, so that the two never meet (see `aidocks.storage.sweep`).
 UNNAMED_S = 24 * 3600.0
+_OLD_S = UNNAMED_S / 2
 #: A file up to this size is read once, and hashed as it is sent.
 _SMALL_BYTES = 8 << 20
 _AT_ONCE = 8
+#: Entries that a process remembers.
+_MOST_KNOWN = 50_000
 _FILES, _TREES = "files", "trees"
 
 
@@ -65,6 +68,7 @@ class SharedFiles:
     def __init__(self, home: Path, store: ObjectStore) -> None:
         self.home = home
         self.store = store
+        self.locks = home / ".storage" / "locks"
         self.models = Catalogue(store, "models")
         self.datasets = Catalogue(store, "datasets")
         self._known: dict[str, tuple[str, Entry]] = {}
@@ -73,22 +77,26 @@ class SharedFiles:
 
     def has(self, sha256: str, size: int) -> bool:
         """Tell whether a content is there."""
-        found = self.store.look(object_key(sha256))
-        return found is not None and found.size == size
+        return self._age_of(sha256, size) is not None
 
-    def put(self, path: Path, size: int, sha256: str) -> None:
+    def put(self, path: Path, sha256: str, since: os.stat_result | None = None) -> None:
         """Upload a content from a file, unless it is there.
+
+        Args:
+            path: The file.
+            sha256: Of its content.
+            since: Its state when that was computed, or before. Default: as it is now.
 
         Raises:
             CorruptCheckpoint: The file has another content.
             ServiceUnreachable: The storage does not answer.
         """
-        key = object_key(sha256)
-        found = self.store.look(key)
-        if found is None or found.size != size:
-            self.store.put(key, path, sha256)
-        elif time.time() - found.changed_s > UNNAMED_S / 2:
-            self.store.touch(key, path, sha256)
+        since = since or path.stat()
+        age_s = self._age_of(sha256, since.st_size)
+        if age_s is None:
+            self.store.put(object_key(sha256), path, sha256, since)
+        elif age_s > _OLD_S:
+            self.store.touch(object_key(sha256), path, sha256, since)
 
     def fetch(self, entry: Entry, target: Path) -> None:
         """Download a content to a file, which appears whole and checked, or not at all.
@@ -150,6 +158,11 @@ class SharedFiles:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(lambda row: self.fetch(row[1], row[0]), missing.items()))
 
+    def is_shared(self, directory: Path) -> bool:
+        """Tell whether anything of a directory is."""
+        key = key_of(directory, self.home)
+        return any(self.store.list(f"{kind}/{key}") for kind in (_FILES, _TREES))
+
     def forget(self, directory: Path) -> None:
         """Remove what is shared of a directory; the files of this node stay."""
         key = key_of(directory, self.home)
@@ -159,13 +172,22 @@ class SharedFiles:
     # Directories that appear as a whole.
 
     def keep_tree(self, directory: Path) -> None:
-        """Share a directory as it is: all of it at once, or nothing. Raises as :meth:`keep` does."""
+        """Share a directory as it is: all of it at once, or nothing.
+
+        Raises:
+            FileNotFoundError: It was removed meanwhile.
+            CorruptCheckpoint, ServiceUnreachable: As :meth:`keep`.
+        """
         refuse_links(directory, self.home)
-        tree = {}
+        tree, whole = {}, directory.stat().st_ino
         for path in files_below(directory):
-            entry = Entry(bytes=path.stat().st_size, sha256=hash_file(path))
-            self.put(path, entry.bytes, entry.sha256)
+            before = path.stat()
+            entry = Entry(bytes=before.st_size, sha256=hash_file(path))
+            self.put(path, entry.sha256, before)
             tree[path.relative_to(directory).as_posix()] = entry
+        # Whoever removes one takes its name away first: had that happened, part of it could be missing.
+        if directory.stat().st_ino != whole:
+            raise FileNotFoundError(directory)
         self.store.write(self._tree_key(directory), _Tree(tree).model_dump_json().encode())
 
     def trees(self, parent: Path) -> list[Path]:
@@ -210,27 +232,34 @@ class SharedFiles:
             together: Others may hold it together with this one, but nobody alone.
             wait: Until it is free; otherwise the block is told False when it is not.
         """
-        locks = self.home / ".storage" / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
-        descriptor = os.open(locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = _lock(self.locks / name, fcntl.LOCK_SH if together else fcntl.LOCK_EX, wait=wait)
         try:
-            kind = fcntl.LOCK_SH if together else fcntl.LOCK_EX
-            try:
-                fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+            yield descriptor is not None
         finally:
-            os.close(descriptor)
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def remove_locks(self, older_than_s: float) -> None:
+        """Remove the files of locks that nobody holds."""
+        with suppress(FileNotFoundError):
+            for found in os.scandir(self.locks):
+                if time.time() - found.stat().st_mtime > older_than_s:
+                    descriptor = _lock(Path(found.path), fcntl.LOCK_EX, wait=False)
+                    if descriptor is not None:
+                        Path(found.path).unlink(missing_ok=True)
+                        os.close(descriptor)
 
     def _keep(self, path: Path, sha256: str | None) -> None:
         refuse_links(path, self.home)
         key = f"{_FILES}/{key_of(path, self.home)}"
         try:
             before = path.stat()
-            digest = self._upload(path, before.st_size, sha256)
+            # Large ones of a unit beside this one: whoever is first hashes and uploads them, for both.
+            with self.hold(path) if before.st_size > _SMALL_BYTES else nullcontext():
+                if before.st_size > _SMALL_BYTES and self._is_kept(path, before):
+                    return
+                digest = self._upload(path, before, sha256)
         except FileNotFoundError:
             return  # removed again
         entry = Entry(bytes=before.st_size, sha256=digest, changed_ns=before.st_mtime_ns)
@@ -239,21 +268,30 @@ class SharedFiles:
             if path.exists() and _is_same(path.stat(), entry):
                 self.store.write(key, entry.model_dump_json().encode())
 
-    def _upload(self, path: Path, size: int, sha256: str | None) -> str:
-        if size > _SMALL_BYTES or sha256 is not None:
+    def _is_kept(self, path: Path, status: os.stat_result) -> bool:
+        entry = self.entry(path)
+        return entry is not None and _is_same(status, entry)
+
+    def _upload(self, path: Path, before: os.stat_result, sha256: str | None) -> str:
+        if before.st_size > _SMALL_BYTES or sha256 is not None:
             digest = sha256 or hash_file(path)
             try:
-                self.put(path, size, digest)
+                self.put(path, digest, before)
             except CorruptCheckpoint:
                 if sha256 is not None:
                     raise
             return digest
         content = path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        found = self.store.look(object_key(digest))
-        if found is None or found.size != len(content) or time.time() - found.changed_s > UNNAMED_S / 2:
+        age_s = self._age_of(digest, len(content))
+        if age_s is None or age_s > _OLD_S:
             self.store.write(object_key(digest), content)
         return digest
+
+    def _age_of(self, sha256: str, size: int) -> float | None:
+        """Return how long ago a content was written, in seconds; None where it is not there."""
+        found = self.store.look(object_key(sha256))
+        return None if found is None or found.size != size else time.time() - found.changed_s
 
     def _entry_of(self, listed: Listed) -> Entry | None:
         known = self._known.get(listed.key)
@@ -263,6 +301,8 @@ class SharedFiles:
         if content is None:
             return None  # removed since it was listed
         entry = _read_entry(content, listed.key)
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
         self._known[listed.key] = (listed.version, entry)
         return entry
 
@@ -297,6 +337,24 @@ def files_below(directory: Path, leave: Callable[[Path], bool] = lambda _: False
                 continue
             found.append(path)
     return sorted(found)
+
+
+def _lock(path: Path, kind: int, *, wait: bool) -> int | None:
+    """Return a file that is open and locked, which ends with it; None where another has it and is not waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # removed while we waited: others lock a new one
 
 
 def _differs(path: Path, entry: Entry) -> bool:

@@ -8,7 +8,6 @@ before the storage was shared, and is never touched.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import time
@@ -20,19 +19,18 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aidocks.checkpoints.files import UNFINISHED, write_bytes, write_text
-from aidocks.errors import AIDocksError, Conflict, CorruptCheckpoint, NotFound
+from aidocks.errors import Conflict, CorruptCheckpoint, NotFound
 from aidocks.models.manifest import MANIFEST_FILE, Manifest, ManifestFile
 from aidocks.models.names import is_model_name
 from aidocks.storage.files import Entry, SharedFiles
 from aidocks.storage.keys import key_of
+from aidocks.storage.sweep import sweep_now_and_then
 
 #: One that was used within this time stays, however short the disk is: whoever asked for it reads it about now.
 _STAYS_S = 600.0
 #: Room that is left on the disk beside what is brought.
 _BESIDE_BYTES = 256 << 20
 _BROUGHT, _TRASH = ".brought", ".trash"
-
-_log = logging.getLogger(__name__)
 
 
 class _Brought(BaseModel):
@@ -66,6 +64,12 @@ class SharedModels:
         """Return a model's manifest; None where there is no such model."""
         return self._here.models.read(name, fresh=fresh)
 
+    def sizes(self, name: str) -> dict[Path, int]:
+        """Return the bytes of each file of a model, wherever it is; of none, where there is no such model."""
+        content = self._here.models.read(name) if is_model_name(name) else None
+        files = () if content is None else _read(content, name).files
+        return {self._dir / name / file.path: file.bytes for file in files}
+
     def in_use(self, name: str) -> AbstractContextManager[bool]:
         """Keep a model on this node until the block ends, however short the disk is."""
         return self._here.hold(self._dir / name / "used", together=True)
@@ -80,11 +84,12 @@ class SharedModels:
             InsufficientDisk: It does not fit on this node.
             ServiceUnreachable: The storage does not answer.
         """
-        content = self._here.models.read(name)
-        if content is None:
-            raise NotFound(f"There is no model {name!r} in the shared storage.", value=name)
         target = self._dir / name
         with self._here.hold(target):
+            # As it is now: of two that wait here the later one must not bring an older one back.
+            content = self._here.models.read(name, fresh=True)
+            if content is None:
+                raise NotFound(f"There is no model {name!r} in the shared storage.", value=name)
             known = self._claim(name, _digest(content))
             files = _read(content, name).files
             if not known.whole or not all(_has(target / file.path, file) for file in files):
@@ -100,10 +105,10 @@ class SharedModels:
 
     def bring_file(self, name: str, relative: str) -> None:
         """Bring one file of a model, if the model has it. Raises as :meth:`bring` does."""
-        content = self._here.models.read(name)
-        if content is None:
-            return
         with self._here.hold(self._dir / name):
+            content = self._here.models.read(name, fresh=True)
+            if content is None:
+                return
             known = self._claim(name, _digest(content))
             if relative == MANIFEST_FILE and not known.whole:
                 write_bytes(self._dir / name / MANIFEST_FILE, content)
@@ -138,7 +143,7 @@ class SharedModels:
         """
         for file in manifest.files:
             if (staged / file.path).is_file():
-                self._here.put(staged / file.path, file.bytes, file.sha256)
+                self._here.put(staged / file.path, file.sha256)
             elif not self._here.has(file.sha256, file.bytes):
                 raise CorruptCheckpoint(
                     f"{file.path} of the model {manifest.name!r} is neither on this node nor in the shared storage.",
@@ -152,8 +157,9 @@ class SharedModels:
         with self._here.hold(target):
             whole = all(_has(staged / file.path, file) for file in manifest.files)
             if os.path.lexists(target):
-                if self._known(manifest.name) is None:
-                    return
+                known = self._known(manifest.name)
+                if known is None or known.manifest == _digest(document):
+                    return  # somebody has asked for it already, and is bringing it
                 self._drop(manifest.name)
             self._dir.mkdir(parents=True, exist_ok=True)
             # Said before it is so: until all is here, it is brought.
@@ -173,16 +179,8 @@ class SharedModels:
                 self._drop(name)
 
     def sweep(self) -> None:
-        """Remove, now and then, what nobody needs any more: contents in the storage, workspaces on this node."""
-        from aidocks.storage import sweep
-
-        try:
-            if sweep.is_due("workspaces", sweep.WORKSPACES_EVERY_S):
-                sweep.sweep_workspaces(self._here)
-            if sweep.is_due("contents", sweep.CONTENTS_EVERY_S):
-                sweep.sweep_contents(self._here)
-        except AIDocksError as error:
-            _log.warning("nothing was swept: %s", error)
+        """Remove, now and then, what nobody needs any more, in the storage and on this node."""
+        sweep_now_and_then(self._here, contents=True)
 
     def known_files(self, staged: Path, described: set[str]) -> set[str]:
         """Bring what other nodes have written into a staged directory, but for what is described already.

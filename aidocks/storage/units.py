@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from aidocks.plan import Unit, WritingUnit
-from aidocks.storage import shared, sweep
+from aidocks.storage import shared
 from aidocks.storage.files import SharedFiles, files_below
 from aidocks.storage.keys import is_below
+from aidocks.storage.sweep import sweep_now_and_then
 
 ResultT = TypeVar("ResultT", bound=BaseModel)
 #: Of a job's result, files of this size are only brought where they are named: weights, mostly.
@@ -56,8 +57,7 @@ def run_shared(unit: Unit[ResultT], workspace: Path, run: Callable[[], ResultT])
         outputs = {file.path: file.sha256 for file in unit.outputs(result)}
         elsewhere = [path for path in outputs if is_below(path, here.home) and path not in before]
         here.keep({*written, *elsewhere}, outputs)
-    if sweep.is_due("workspaces", sweep.WORKSPACES_EVERY_S):
-        sweep.sweep_workspaces(here)
+    sweep_now_and_then(here)
     return result
 
 
@@ -81,21 +81,20 @@ def bring_inputs(here: SharedFiles, named: Iterable[Path], held: ExitStack) -> N
 
     home = here.home
     models = SharedModels(here, home / "models")
-    for path in dict.fromkeys(named):
-        parts = path.relative_to(home).parts if is_below(path, home) else ()
-        if not parts:
-            _bring_from_hub(path)
-        elif len(parts) < 2:
-            continue
-        elif parts[0] == "models" and models.exists(parts[1]):
-            held.enter_context(models.in_use(parts[1]))
-            models.bring(parts[1])
-        elif parts[0] == "datasets":
-            bring_dataset(here, parts[1])
-        elif parts[0] == "checkpoints" and len(parts) > 2:
-            here.bring_tree(home.joinpath(*parts[:3]))
-        elif parts[0] == "cache" and parts[1] == "scans" and len(parts) > 2:
-            here.bring(here.entries(home.joinpath(*parts[:3])))
+    # Many paths lie in one model: it is brought once.
+    for place in dict.fromkeys(_place(path, home) for path in named):
+        match place.relative_to(home).parts if is_below(place, home) else ():
+            case ():
+                _bring_from_hub(place)
+            case ("models", name) if models.exists(name):
+                held.enter_context(models.in_use(name))
+                models.bring(name)
+            case ("datasets", name):
+                bring_dataset(here, name)
+            case ("checkpoints", _, _):
+                here.bring_tree(place)
+            case ("cache", "scans", _):
+                here.bring(here.entries(place))
 
 
 def bring_workspace(here: SharedFiles, workspace: Path, named: Iterable[Path]) -> None:
@@ -118,6 +117,14 @@ def bring_workspace(here: SharedFiles, workspace: Path, named: Iterable[Path]) -
             or any(path.is_relative_to(one) for one in inside)
         }
         here.bring(wanted)
+
+
+def _place(path: Path, home: Path) -> Path:
+    """Return what is brought for a path: the model, the data set, the checkpoint or the scan that it lies in."""
+    if not is_below(path, home):
+        return path
+    parts = path.relative_to(home).parts
+    return home.joinpath(*parts[: 2 if parts[0] in ("models", "datasets") else 3])
 
 
 def _paths_in(value: Any) -> Iterator[Path]:

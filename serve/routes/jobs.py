@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -50,8 +50,8 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("")
-def list_jobs(
+@router.get("", response_model=JobPage)
+async def list_jobs(
     here: Here,
     status: Annotated[Status | None, Query(description="Only jobs of this status.")] = None,
     operation: Annotated[str | None, Query(description="Only jobs of this operation.", max_length=64)] = None,
@@ -62,16 +62,21 @@ def list_jobs(
     before: Annotated[
         str | None, Query(pattern=ID_PATTERN, description="Id of the job at which the page before ended.")
     ] = None,
-) -> JobPage:
+) -> Response:
     """List jobs, newest first."""
-    found = here.store.list(status, _operation_name(operation), limit + 1, before, owner=owner)
-    return JobPage(jobs=found[:limit], has_more=len(found) > limit)
+    name = _operation_name(operation)
+
+    def read() -> bytes:
+        found = here.store.list(status, name, limit + 1, before, owner=owner)
+        return _json(JobPage(jobs=found[:limit], has_more=len(found) > limit))
+
+    return await _answer(here, ("jobs", status, name, limit, before, owner), read)
 
 
-@router.get("/{job_id}", responses=_UNKNOWN)
-def get_job(here: Here, job_id: JobId) -> Job:
+@router.get("/{job_id}", response_model=Job, responses=_UNKNOWN)
+async def get_job(here: Here, job_id: JobId) -> Response:
     """Return one job with its progress, and its result or error."""
-    return here.store.get(job_id)
+    return await _answer(here, ("job", job_id), lambda: _json(here.store.get(job_id)))
 
 
 @router.post(
@@ -157,8 +162,12 @@ async def job_events(
     if last_event_id:
         after = _sequence(last_event_id)
     if not (_accepts_stream(request) if stream is None else stream):
-        found = await run_in_threadpool(here.store.events, job_id, after, limit + 1)
-        return EventPage(events=found[:limit], has_more=len(found) > limit)
+
+        def read() -> bytes:
+            found = here.store.events(job_id, after, limit + 1)
+            return _json(EventPage(events=found[:limit], has_more=len(found) > limit))
+
+        return await _answer(here, ("events", job_id, after, limit), read)
     await run_in_threadpool(here.store.get, job_id)
     if here.streams >= sse.MAX_STREAMS:
         raise ServiceUnreachable(
@@ -167,6 +176,15 @@ async def job_events(
         )
     events = _counted(here, sse.event_stream(here.store, job_id, after))
     return StreamingResponse(events, media_type="text/event-stream", headers=sse.HEADERS)
+
+
+async def _answer(here: Context, what: tuple[object, ...], read: Callable[[], bytes]) -> Response:
+    """Return what is read as it is: these are asked for all the time."""
+    return Response(await here.reads.read(what, read), media_type="application/json")
+
+
+def _json(model: BaseModel) -> bytes:
+    return model.model_dump_json(by_alias=True).encode()
 
 
 async def _counted(here: Context, events: AsyncIterator[str]) -> AsyncIterator[str]:

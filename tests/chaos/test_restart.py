@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from aidocks.jobs.model import EventType, Status
@@ -39,7 +38,9 @@ def test_a_service_that_was_killed_goes_on_where_it_was(
             time.sleep(0.05)
         pid = service_status(settings).pid
         assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        head = psutil.Process(pid)
+        head.kill()
+        head.wait()
         start_service(settings, application=APPLICATION)
         while not store.get(job.id).status.terminal:
             time.sleep(0.05)

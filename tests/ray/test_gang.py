@@ -13,7 +13,10 @@ import pytest
 
 from aidocks.errors import InvalidSpec
 from aidocks.jobs.model import EventType, Status
+from aidocks.jobs.store import JobStore
+from aidocks.jobs.submit import submit_job
 from aidocks.plan import Gang
+from aidocks.settings import Settings
 from cluster.gang import require_room
 from tests.support.gang_jobs import GangJob, until
 from tests.support.gang_operation import members
@@ -81,6 +84,25 @@ def test_a_gang_waits_for_room_fails_for_good_and_is_resumed(
     assert {member["threads"] for member in members(job.traces)} == {2}
     until(lambda: not (job.settings.checkpoints_dir / job.id).exists(), "checkpoints of no use to be removed")
     until(lambda: not job.processes(), "all processes to end")
+
+
+def test_a_gang_does_not_wait_for_workers_that_have_become_idle(
+    begin: Callable[..., GangJob], drive: Callable[..., Any], trivial_settings: Settings, tmp_path: Path
+) -> None:
+    store = JobStore(trivial_settings.store_url)
+    with ThreadPoolExecutor() as threads:
+        other = threads.submit(drive, HOLD, tmp_path)
+        try:
+            until((tmp_path / "held").exists, "the other user")
+            # It has the CPU that is left when the gang gets its turn, and would keep it afterwards.
+            spec = {"traces": str(tmp_path), "units": 1, "seconds": 2.0}
+            unit = submit_job(trivial_settings, store, "trivial", spec)[0].id
+            until(lambda: any(e.type is EventType.UNIT_STARTED for e in store.events(unit)), "a busy worker")
+            assert begin(members=1, steps=2).ended().status is Status.SUCCEEDED
+        finally:
+            (tmp_path / "release").touch()
+        other.result()
+    store.close()
 
 
 def test_whoever_dies_it_costs_what_came_after_the_last_checkpoint(begin: Callable[..., GangJob]) -> None:

@@ -21,6 +21,8 @@ from tests.support.orders import Stream
 
 #: How long a fault's recovery is waited for, at most, before the next one falls.
 RECOVERY_WAIT_S = 90.0
+#: How long it may take until work is known to be interrupted by a fault; else there was none to interrupt.
+NOTICED_S = {"kill worker": 10.0, "halt worker": 30.0, "kill node": 40.0, "kill raylet": 40.0}
 #: How long what was halted stays so.
 HALT_S = (1.0, 8.0)
 FULL_S = (2.0, 6.0)
@@ -213,7 +215,7 @@ def kill_haproxy(scene: Scene) -> str | None:
 
 GANG = ("ray::RayTrainWorker", "ray::TrainController", "ray::RayGang")
 FAULTS: dict[str, Strike] = {
-    "kill worker": kill("ray::Worker.run"),
+    "kill worker": kill("ray::Worker"),
     "kill supervisor": kill("ray::SupervisorActor"),
     "kill replica": kill("ray::ServeReplica:api:http"),
     "kill controller": kill("ray::ServeController"),
@@ -223,8 +225,8 @@ FAULTS: dict[str, Strike] = {
     "kill node": kill_node,
     "kill raylet": kill_raylet,
     "kill client": kill_client,
-    "halt worker": halt("ray::Worker.run", for_ever=True),
-    "halt worker for a while": halt("ray::Worker.run"),
+    "halt worker": halt("ray::Worker", for_ever=True),
+    "halt worker for a while": halt("ray::Worker"),
     "halt supervisor for a while": halt("ray::SupervisorActor"),
     "halt supervisor": halt("ray::SupervisorActor", for_ever=True),
     "halt replica for a while": halt("ray::ServeReplica:api:http"),
@@ -301,12 +303,15 @@ class Weather:
                 found = measure(events, begin)
                 if found is not None:
                     return round(found - begin, 2)
-                if ended:
+                noticed = any(event.type in _SIGNS for told in events.values() for event in told)
+                if ended or (not noticed and time.time() - begin > NOTICED_S.get(name, math.inf)):
                     return None
             time.sleep(0.1)
         return math.inf
 
 
+#: Events that tell of interrupted work.
+_SIGNS = (EventType.WORKER_LOST, EventType.RECOVERED)
 Measure = Callable[[dict[str, list[Event]], float], float | None]
 
 

@@ -1,45 +1,34 @@
-"""Runs hostile files in processes of their own, with limits of memory and time, and tells what came of each.
+"""Runs hostile files by the thousand in processes of their own (:mod:`tests.support.hostile_process`), and counts.
 
 A case is a kind and a number: the number seeds the chance that makes its files, so a case that fails is made again by
-``python -m tests.support.fuzzing KIND NUMBER``.
+``python -m tests.support.hostile_process KIND NUMBER``.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import pickle
-import random
-import resource
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from tests.support.hostile_process import NOT_BEGUN
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Address space beyond what the imported libraries have: an allocation that a file asks for does not fit.
-HEADROOM_BYTES = 768 << 20
-#: Of the processor, so that a busy machine is no fault of a file.
-CASE_S = 10.0
-#: After so long without a next case a process is stuck in code that no alarm interrupts.
-STUCK_S = 120.0
-#: For importing what the doors import, on a machine that has other things to do.
-BEGIN_S = 240.0
-_LONGEST_MESSAGE = 3000
+#: After so long without a next case a process waits for what never comes. One that computes too long ends by itself.
+STUCK_S = 600.0
+#: What a door can do wrong; every other outcome is an answer or the class of a refusal.
+FAULTS = ("crash", "hang", "untyped error", "wrong answer", "unfit refusal")
 _BATCH = 500
-_NOT_BEGUN = struct.pack("<q", -1)
 
 
 @dataclass
@@ -48,9 +37,10 @@ class Account:
 
     Attributes:
         cases: How many there were.
-        outcomes: Of each kind, how many doors answered (`accepted`) and how many refused with which class.
-        faults: Cases in which a door did something else, and what.
-        slowest: Seconds of the slowest case, and which it was.
+        outcomes: Of each kind, how many doors answered (`accepted`), refused with which class, or did which of FAULTS.
+        faults: Cases in which a door did one of those, and what.
+        slowest: Seconds of the processor that the slowest case took, and which it was.
+        seconds: Of the processor, of each kind.
         grown: Most bytes of memory that a process gained while it ran its cases.
     """
 
@@ -58,6 +48,7 @@ class Account:
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     slowest: tuple[float, str] = (0.0, "")
+    seconds: Counter[str] = field(default_factory=Counter)
     grown: int = 0
 
     def add(self, told: dict[str, Any]) -> None:
@@ -66,7 +57,12 @@ class Account:
         self.outcomes.setdefault(told["kind"], Counter()).update(told["outcomes"])
         self.faults += told["faults"]
         self.slowest = max(self.slowest, (told["slowest"][0], told["slowest"][1]))
+        self.seconds[told["kind"]] += told["seconds"]
         self.grown = max(self.grown, told["grown"])
+
+    def count(self, outcome: str) -> int:
+        """Return how often an outcome came, of all kinds together."""
+        return sum(outcomes[outcome] for outcomes in self.outcomes.values())
 
 
 def run_cases(counts: dict[str, int], *, first: int = 0, processes: int = 1) -> Account:
@@ -91,45 +87,42 @@ def _run_apart(batches: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, An
     with tempfile.TemporaryDirectory(prefix="aidocks-fuzz-", dir=_scratch()) as place:
         note = Path(place) / "at"
         while left:
-            note.write_bytes(_NOT_BEGUN)
-            command = [sys.executable, "-m", "tests.support.fuzzing", place, json.dumps(left)]
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=_environment(),
-                text=True,
-            )
-            ended = _watched(process, note)
-            out, err = process.communicate()
-            done = [json.loads(line) for line in out.splitlines()]
+            note.write_bytes(NOT_BEGUN)
+            # Files, in which one can look while it goes on.
+            with (Path(place) / "told").open("w+") as out, (Path(place) / "errors").open("w+") as errors:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.support.hostile_process", place, json.dumps(left)],
+                    cwd=ROOT,
+                    stdout=out,
+                    stderr=errors,
+                    env=_environment(),
+                )
+                waits = _waits_for_ever(process, note)
+                done = [json.loads(line) for line in _text(out).splitlines()]
+                err = _text(errors)
             yield from done
             left = left[len(done) :]
-            if ended and not left:
+            if not left:
                 return
-            if note.read_bytes() == _NOT_BEGUN:
-                raise RuntimeError(
-                    f"the process ended with {process.returncode} before its first case: {err[-2000:]}"
-                )
+            if note.read_bytes() == NOT_BEGUN:
+                raise RuntimeError(f"it ended with {process.returncode} before its first case: {err[-2000:]}")
             kind, begin, end = left[0]
             at = max(begin, *struct.unpack("<q", note.read_bytes()))
-            why = "stuck" if not ended else f"the process ended with {process.returncode}: {err[-600:]}"
-            fault = {
-                "kind": kind,
-                "cases": at - begin + 1,
-                "outcomes": {"crash": 1},
-                "slowest": [0, ""],
-                "grown": 0,
-            }
-            yield fault | {"faults": [f"{kind} {at}: {why}"]}
+            # The kernel's own alarm ends a process that computes on in code which no handler interrupts.
+            hangs = waits or process.returncode == -signal.SIGVTALRM
+            yield _death(kind, begin, at, "hang" if hangs else "crash", process.returncode, err)
             left[0] = (kind, at + 1, end)
             if at + 1 >= end:
                 del left[0]
 
 
-def _watched(process: subprocess.Popen[str], note: Path) -> bool:
-    """Wait for a process; kill it when it makes no progress, and tell whether it ended by itself."""
+def _text(stream: TextIO) -> str:
+    stream.seek(0)
+    return stream.read()
+
+
+def _waits_for_ever(process: subprocess.Popen[bytes], note: Path) -> bool:
+    """Wait for a process; kill it when it comes to no next case, and tell whether it had to be."""
     last, since = b"", time.monotonic()
     while True:
         try:
@@ -138,11 +131,25 @@ def _watched(process: subprocess.Popen[str], note: Path) -> bool:
             seen = note.read_bytes()
             if seen != last:
                 last, since = seen, time.monotonic()
-            elif time.monotonic() - since > (BEGIN_S if seen == _NOT_BEGUN else STUCK_S):
+            elif time.monotonic() - since > STUCK_S:
                 process.kill()
-                return False
+                process.wait()
+                return True
         else:
-            return True
+            return False
+
+
+def _death(kind: str, begin: int, at: int, what: str, returned: int, err: str) -> dict[str, Any]:
+    """Return what a process would have told of its batch, had it lived to tell of its last case."""
+    return {
+        "kind": kind,
+        "cases": at - begin + 1,
+        "outcomes": {what: 1},
+        "faults": [f"{kind} {at}: {what}: it ended with {returned}: {err[-600:]}"],
+        "slowest": (0.0, ""),
+        "seconds": 0.0,
+        "grown": 0,
+    }
 
 
 def _scratch() -> str | None:
@@ -156,135 +163,6 @@ def _environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",
+        "MALLOC_ARENA_MAX": "2",
     }
-    return kept | alone | {"MALLOC_ARENA_MAX": "2"}
-
-
-class _TooSlow(BaseException):
-    """A case ran into its alarm; no handler of ours may take it for an error of its own."""
-
-
-def run_case(kind: str, number: int, place: Path) -> Iterator[tuple[str, str | None]]:
-    """Yield what each door did of one case, and what is wrong with that.
-
-    Args:
-        kind: Of ``hostile_files.KINDS``.
-        number: Seeds the chance.
-        place: Directory in which it may write; emptied afterwards.
-    """
-    from aidocks.errors import AIDocksError
-    from tests.support.hostile_files import KINDS
-
-    here = Path(tempfile.mkdtemp(dir=place)) / "case"
-    here.mkdir()
-    try:
-        for door in KINDS[kind](random.Random(f"{kind}:{number}"), here):
-            try:
-                door()
-                yield "accepted", None
-            except AIDocksError as error:
-                yield type(error).__name__, _unfit(error, here)
-            except (Exception, _TooSlow) as error:
-                where = traceback.extract_tb(error.__traceback__)[-4:]
-                lines = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(where))
-                yield "fault", f"{type(error).__name__}: {str(error)[:200]!r} at {lines}"
-    finally:
-        shutil.rmtree(here.parent, ignore_errors=True)
-
-
-def _unfit(error: Any, here: Path) -> str | None:
-    """Return why an error cannot be handed to a client, if it cannot."""
-    text = str(error)
-    if error.http_status >= 500 and error.code not in ("insufficient_disk", "missing_extra"):
-        return f"it blames the service: {text[:300]!r}"
-    if len(text) > _LONGEST_MESSAGE:
-        return f"its message has {len(text)} characters: {text[:100]!r}"
-    try:
-        json.dumps(error.problem(), ensure_ascii=False, allow_nan=False, default=str).encode()
-        if str(pickle.loads(pickle.dumps(error))) != text:
-            return "it is another one after a journey between processes"
-    except (ValueError, TypeError, RecursionError) as flaw:
-        return f"it cannot be sent: {flaw!s:.200}"
-    return None
-
-
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    def ring(*_: object) -> None:
-        raise _TooSlow(f"more than {seconds:.0f} s")
-
-    signal.signal(signal.SIGPROF, ring)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def _limit_memory() -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * mmap.PAGESIZE + HEADROOM_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
-def _run_batch(kind: str, numbers: Iterable[int], place: Path, note: mmap.mmap) -> dict[str, Any]:
-    outcomes: Counter[str] = Counter()
-    faults: list[str] = []
-    slowest, cases, before = (0.0, ""), 0, _peak()
-    for number in numbers:
-        note[:8] = struct.pack("<q", number)
-        begun = time.perf_counter()
-        try:
-            with _alarm(CASE_S):
-                for outcome, fault in run_case(kind, number, place):
-                    outcomes[outcome] += 1
-                    faults += [f"{kind} {number}: {outcome}: {fault}"] if fault else []
-        except _TooSlow as error:
-            faults.append(f"{kind} {number}: {error}")
-        cases += 1
-        slowest = max(slowest, (time.perf_counter() - begun, f"{kind} {number}"))
-    told = {"kind": kind, "cases": cases, "outcomes": outcomes, "faults": faults, "slowest": slowest}
-    return told | {"grown": _peak() - before}
-
-
-def _load() -> None:
-    """Import what the doors import, so that the limit of memory is one of the files alone."""
-    import pyarrow.parquet
-    import torch
-    from transformers import AutoTokenizer
-
-    del pyarrow, torch, AutoTokenizer
-    from aidocks.operations import OPERATIONS
-
-    for registration in OPERATIONS:
-        registration.load()
-    # Nothing here has to survive a power cut.
-    os.fsync = lambda _: None
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the batches of a parent, or show one case."""
-    _load()
-    if arguments[0].isalpha():
-        with tempfile.TemporaryDirectory() as there:
-            for outcome, fault in run_case(arguments[0], int(arguments[1]), Path(there)):
-                print(outcome, fault or "")
-        return
-    place = Path(arguments[0])
-    with (place / "at").open("r+b") as stream:
-        note = mmap.mmap(stream.fileno(), 8)
-    # What a first case imports is not its own.
-    for kind in sorted({kind for kind, _, _ in json.loads(arguments[1])}):
-        for number in range(-8, 0):
-            list(run_case(kind, number, place))
-    _limit_memory()
-    for kind, begin, end in json.loads(arguments[1]):
-        print(json.dumps(_run_batch(kind, range(begin, end), place, note)), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return kept | alone

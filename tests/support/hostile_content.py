@@ -6,6 +6,7 @@ import io
 import json
 import random
 import struct
+from math import prod
 from typing import Any
 
 from tests.support.hostile_bytes import Raw, changed_bytes, changed_document, hostile_value, json_text
@@ -24,18 +25,8 @@ NAMES = (
     "\U0001f600",
     Raw('"\\udfff"'),
 )
-_SHAPES = (
-    (2, 3),
-    (),
-    (0,),
-    (0, 2**62),
-    (0, 2**62, 2**62),
-    (1,) * 65,
-    (2**62,),
-    (2**32, 2**32),
-    (3, 1),
-    (1, 1, 1),
-)
+_SHAPES = ((2, 3), (), (0,), (3, 1), (1, 1, 1), (0, 2**20))
+_ABSURD_SHAPES = ((0, 2**62), (0, 2**62, 2**62), (1,) * 65, (2**62,), (2**32, 2**32))
 
 
 def hostile_text(chance: random.Random) -> str:
@@ -50,7 +41,7 @@ def hostile_text(chance: random.Random) -> str:
 
 def some_shape(chance: random.Random) -> tuple[int, ...]:
     """Return a shape, mostly a sound one."""
-    return chance.choice(_SHAPES)
+    return chance.choice(_SHAPES if chance.random() < 0.9 else _ABSURD_SHAPES)
 
 
 def lying_header(chance: random.Random, header: dict[str, Any], data: bytes) -> tuple[str, bytes]:
@@ -172,46 +163,66 @@ def yaml_text(chance: random.Random, body: Any) -> str:
 
 
 def gguf_file(chance: random.Random) -> bytes:
-    """Return a GGUF file of a few fields and tensors: magic, version, counts, fields, tensors, data."""
-
-    def string(text: str) -> bytes:
-        return struct.pack("<Q", len(text)) + text.encode()
-
-    def number(key: str, value: int) -> bytes:
-        return string(key) + struct.pack("<II", 4, value)
-
-    words = [string(word) for word in ("<s>", "</s>", "a", "b", "ab")]
-    fields = [
-        string("general.architecture") + struct.pack("<I", 8) + string("llama"),
-        number("llama.attention.head_count", chance.choice((1, 2, 0))), number("llama.embedding_length", 32),
-        number("llama.feed_forward_length", 32), number("llama.context_length", 64), number("llama.block_count", 1),
-        string("llama.attention.layer_norm_rms_epsilon") + struct.pack("<If", 6, 1e-5),
-        string("tokenizer.ggml.model") + struct.pack("<I", 8) + string("gpt2"),
-        string("tokenizer.ggml.pre") + struct.pack("<I", 8) + string(chance.choice(("smollm", "llama-bpe", "x"))),
-        string("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, len(words)) + b"".join(words),
-        string("tokenizer.ggml.token_type") + struct.pack("<IIQ", 9, 5, 5) + struct.pack("<5i", 3, 3, 1, 1, 1),
-        string("tokenizer.ggml.merges") + struct.pack("<IIQ", 9, 8, 1) + string("a b"),
-        number("tokenizer.ggml.bos_token_id", 0), number("tokenizer.ggml.eos_token_id", chance.choice((1, 99))),
-    ]  # fmt: skip
-    chance.shuffle(fields)
-    fields = fields[: chance.choice((len(fields), len(fields), len(fields) - 1))]
-    shapes = {
-        "token_embd.weight": (32, 5),
-        "output_norm.weight": (32,),
-        "blk.0.attn_q.weight": (32, 32),
-        "blk.0.attn_k.weight": (32, 32),
-    }
+    """Return a GGUF file of a one-layer model, mostly a sound one: magic, version, counts, fields, tensors, data."""
+    fields, tensors = _gguf_fields(chance), dict(_GGUF_TENSORS)
+    if chance.random() < 0.2:
+        fields.pop(chance.choice(list(fields)))
+    if chance.random() < 0.2:
+        tensors[chance.choice(list(tensors))] = chance.choice(
+            ((32,), (64, 32), (0, 32), (32, 2**59), (1,) * 9)
+        )
     head, data = b"", b""
-    for name, shape in shapes.items():
-        kind = chance.choice((0, 0, 1, 8, 2, 40))
-        head += string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
+    for name, shape in tensors.items():
+        kind = chance.choice((0, 1, 2, 8)) if chance.random() < 0.99 else chance.choice((6, 12, 40, 2**31))
+        head += _gguf_text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
         head += struct.pack("<IQ", kind, len(data))
-        size = shape[0] * (shape[1] if len(shape) > 1 else 1) * {0: 4, 1: 2}.get(kind, 2)
-        data += bytes(-(-size // 32) * 32)
-    start = (
-        b"GGUF"
-        + struct.pack("<IQQ", chance.choice((3, 3, 3, 2, 1)), len(shapes), len(fields))
-        + b"".join(fields)
-        + head
+        data += bytes(min(prod(shape), 1 << 14) // 32 * {0: 128, 1: 64, 2: 18, 8: 34}.get(kind, 32))
+        data += bytes(-len(data) % 32)
+    version = chance.choice((1, 2, 2**31)) if chance.random() < 0.05 else 3
+    start = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(fields))
+    start += b"".join(
+        _gguf_text(key) + value for key, value in chance.sample(list(fields.items()), len(fields))
     )
+    start += head
     return start + bytes(-len(start) % 32) + data
+
+
+#: Bytes that have no character of their own to stand for them in a vocabulary.
+_BLANK = [*range(33), *range(127, 161), 173]
+_ALPHABET = [chr(256 + _BLANK.index(byte) if byte in _BLANK else byte) for byte in range(256)]
+_GGUF_WORDS = ("<s>", "</s>", *_ALPHABET, "ab")
+_GGUF_TENSORS: dict[str, tuple[int, ...]] = {
+    "token_embd.weight": (32, len(_GGUF_WORDS)), "output_norm.weight": (32,),
+    **{f"blk.0.{name}.weight": (32,) for name in ("attn_norm", "ffn_norm")},
+    **{f"blk.0.{name}.weight": (32, 32) for name in ("attn_q", "attn_k", "attn_v", "attn_output",
+                                                     "ffn_gate", "ffn_up", "ffn_down")},
+}  # fmt: skip
+
+
+def _gguf_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _gguf_fields(chance: random.Random) -> dict[str, bytes]:
+    """Return names and values; a value is the number of its type and its bytes."""
+
+    def mostly(sound: int, *others: int) -> bytes:
+        return struct.pack("<II", 4, sound if chance.random() < 0.95 else chance.choice(others))
+
+    def text(value: str) -> bytes:
+        return struct.pack("<I", 8) + _gguf_text(value)
+
+    count = len(_GGUF_WORDS)
+    words = b"".join(map(_gguf_text, _GGUF_WORDS))
+    return {
+        "general.architecture": text("llama"), "llama.attention.head_count": mostly(2, 0, 1, 3, 33),
+        "llama.embedding_length": mostly(32, 0, 31, 2**32 - 1), "llama.feed_forward_length": mostly(32, 0, 64),
+        "llama.context_length": mostly(64, 0, 2**32 - 1), "llama.block_count": mostly(1, 0, 2, 2**32 - 1),
+        "llama.attention.layer_norm_rms_epsilon": struct.pack("<If", 6, 1e-5),
+        "tokenizer.ggml.model": text("gpt2"),
+        "tokenizer.ggml.pre": text("smollm" if chance.random() < 0.95 else "x"),
+        "tokenizer.ggml.tokens": struct.pack("<IIQ", 9, 8, count) + words,
+        "tokenizer.ggml.token_type": struct.pack(f"<IIQ{count}i", 9, 5, count, 3, 3, *[1] * (count - 2)),
+        "tokenizer.ggml.merges": struct.pack("<IIQ", 9, 8, 1) + _gguf_text("a b" if chance.random() < 0.95 else "a"),
+        "tokenizer.ggml.bos_token_id": mostly(0, count), "tokenizer.ggml.eos_token_id": mostly(1, 2**32 - 1),
+    }  # fmt: skip

@@ -1,8 +1,8 @@
 """Hostile files of every kind that AIDocks reads, and the public doors through which they are opened.
 
 Each kind is a function of a seeded chance and an empty directory: it writes files there and yields what it is that
-opens them. A door answers, or refuses with an error of ours; whatever else it does is a fault. Where a door answers,
-the kind compares the answer with what plain code reads at the same place.
+opens them. A door answers, or refuses with an error of ours; whatever else it does is a fault, and so is a look at what
+lies beside the directory. Where a door answers, the kind compares the answer with what plain code reads there.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def links(chance: random.Random, place: Path) -> Iterator[Door]:
 
     root = place / "root"
     model = sound.write_model(root / "model")
-    secret = sound.write_model(place / "secret")
+    secret = sound.write_model(place.parent / "secret")
     (secret / "README.md").write_bytes(_SECRET)
     inside = sound.write_model(root / "other")
     for _ in range(chance.randint(1, 3)):
@@ -161,15 +161,15 @@ def links(chance: random.Random, place: Path) -> Iterator[Door]:
             os.path.relpath(goal, model),
             model / name,
             "/etc/passwd",
-            f"../model/../../secret/{goal.name}",
+            f"../model/../../../secret/{goal.name}",
             "loop",
         )
         link.symlink_to(chance.choice(goals))
-    (model / "loop").unlink(missing_ok=True)
-    (model / "loop").symlink_to("loop")
-    chosen = chance.choice(
-        (model, root / "link", Path(f"{root}/model/../model"), place / "secret", Path(f"{root}/../secret"))
-    )
+    if chance.random() < 0.1:
+        (model / "loop").unlink(missing_ok=True)
+        (model / "loop").symlink_to("loop")
+    roundabout = (Path(f"{root}/model/../model"), Path(f"{root}/../../secret"))
+    chosen = chance.choice((model, model, root / "link", secret, *roundabout))
     (root / "link").symlink_to(chance.choice((model, secret)))
 
     def take() -> object:
@@ -286,8 +286,8 @@ def gguf(chance: random.Random, place: Path) -> Iterator[Door]:
     from aidocks.models.registry import Registry
 
     path = place / "model.gguf"
-    content = changed_bytes(chance, gguf_file(chance), 4)
-    path.write_bytes(content)
+    content = gguf_file(chance)
+    path.write_bytes(changed_bytes(chance, content, 4) if chance.random() < 0.7 else content)
     yield lambda: import_gguf(path, Registry(place / "models"), "taken")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,11 +66,19 @@ class Nodes:
         settings: Of the installation; where it listens is chosen here: see :attr:`settings`.
         cpus: Of each node.
         application: As of :func:`cluster.bringup.start_service`.
+        logs: Directory into which all logs are copied in the end. Default: those of the nodes are lost.
     """
 
-    def __init__(self, settings: Settings, cpus: int = 2, application: str = APPLICATION) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        cpus: int = 2,
+        application: str = APPLICATION,
+        logs: Path | None = None,
+    ) -> None:
         self._cpus = cpus
         self._application = application
+        self._logs = logs
         self._network = Network() if has_namespaces() else None
         if self._network is not None:
             address = self._network.address(1)
@@ -193,19 +202,30 @@ class Nodes:
         for node in [node for node in reversed(self.nodes) if self._network or not node.is_head]:
             self.kill(node)
         stop_service(self.settings)
+        self._keep_logs()
         if self._network is not None:
             self._network.remove()
+
+    def _keep_logs(self) -> None:
+        if self._logs is None:
+            return
+        shutil.copytree(self.settings.log_dir, self._logs / "service", dirs_exist_ok=True)
+        for number in range(1, self._last + 1) if self._network is not None else ():
+            for session in (self._place(number) / "tmp" / "r").glob("session_2*"):
+                shutil.copytree(
+                    session / "logs",
+                    self._logs / f"node-{number}",
+                    ignore_dangling_symlinks=True,
+                    dirs_exist_ok=True,
+                )
 
     def _start_head(self, network: Network) -> None:
         settings = self.settings
         for directory in (settings.log_dir, settings.models_dir, settings.workspaces_dir):
             directory.mkdir(parents=True, exist_ok=True)
         head.make_token(settings)
-        temp_dir = head.make_temp_dir(settings)
+        head.make_temp_dir(settings)
         head.make_proxy_wrapper(settings)
-        wrapper = temp_dir / "haproxy"
-        if wrapper.exists():  # it would keep the front on loopback, too
-            wrapper.write_text(wrapper.read_text().replace('"s/^', f'"/:{settings.port}$/! s/^'))
         ports = head.Ports.choose()
         address = network.add(1)
         # As the embedded head, but for its address, which the other nodes must reach.
@@ -227,7 +247,6 @@ class Nodes:
             url=settings.service_url,
             ray_address=client["RAY_ADDRESS"],
             dashboard=client["RAY_API_SERVER_ADDRESS"],
-            temp_dir=temp_dir,
             environment=client,
         )
         write_instance(settings, instance)

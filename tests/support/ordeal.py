@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import random
@@ -35,8 +36,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "tests" / "support" / "site"
 #: Seconds for one job of each kind to end, on a busy machine.
 JOB_S = 60.0
-#: Of each node, whatever the machine has.
-CPUS = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Ordeal:
     """What is to be endured.
 
     Attributes:
+        cpus: Of each node, whatever the machine has.
         unfinished: Jobs that are kept unfinished.
         disk_mb: Size of the data directory's own disk; None: it has none, or cannot have one.
         postgres: Whether the job store is a PostgreSQL server, of which connections can be broken.
@@ -55,6 +55,7 @@ class Ordeal:
     kinds: tuple[str, ...]
     names: tuple[str, ...] = tuple(FAULTS)
     nodes: int = 2
+    cpus: int = 2
     unfinished: int = 3
     disk_mb: int | None = None
     postgres: bool = False
@@ -78,6 +79,15 @@ class Verdict:
         """Share of the requests that were answered, or told to come again."""
         return probe.share_good(self.answers)
 
+    def by_fault(self) -> dict[str, list[probe.Answer]]:
+        """Return the requests by the fault that had fallen last when they were made; before any: ``""``."""
+        found: dict[str, list[probe.Answer]] = {}
+        falls = sorted((struck.time, struck.fault) for struck in self.struck)
+        for answer in self.answers:
+            last = bisect.bisect(falls, answer.time, key=lambda fall: fall[0]) - 1
+            found.setdefault(falls[last][1] if last >= 0 else "", []).append(answer)
+        return found
+
     def recoveries(self, fault: str) -> list[float]:
         """Return the seconds until work went on, of faults of a kind that no other has disturbed."""
         return [s.recovered for s in self.struck if s.fault == fault and s.recovered is not None and s.alone]
@@ -93,7 +103,7 @@ def endure(ordeal: Ordeal, directory: Path, stories: Path, tell: Callable[[str],
     begin = time.monotonic()
     with ExitStack() as stack:
         settings = stack.enter_context(_installation(ordeal, directory))
-        nodes = Nodes(settings, cpus=CPUS)
+        nodes = Nodes(settings, cpus=ordeal.cpus, logs=directory / "logs")
         stack.callback(nodes.close)
         prepare(nodes.settings, directory / "sources", stories)
         nodes.start(ordeal.nodes)
@@ -218,7 +228,7 @@ def _installation(ordeal: Ordeal, directory: Path) -> Iterator[Settings]:
             home=home,
             port=free_port(),
             # As many as there is room for: on every node there is something to lose.
-            workers=ordeal.nodes * CPUS,
+            workers=ordeal.nodes * ordeal.cpus,
             database_url=url,
             requests_per_minute=0,
             worker_silence_s=8,

@@ -90,7 +90,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         },
         "name",
     ),
-    "gang": ("gang", {"members": 2, "cpus": 0.5, "steps": 6, "save_steps": 2}, None),
+    "gang": ("gang", {"members": 2, "cpus": 0.5, "steps": 6, "save_steps": 2, "max_failures": 20}, None),
     "trivial": ("trivial", {"units": 10, "seconds": 0.4}, "output"),
 }
 #: What a result says that differs from run to run.

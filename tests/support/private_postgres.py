@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.conftest import free_port
-
 
 def find_programs() -> Path | None:
     """Return the directory of initdb and pg_ctl: on the path, or where Debian keeps them."""
@@ -28,7 +26,6 @@ def private_postgres(programs: Path) -> Iterator[str]:
     directory = Path(tempfile.mkdtemp(prefix="aidocks-pg-"))
     if user == "nobody":
         shutil.chown(directory, user)
-    port = free_port()
 
     def run(program: str, *arguments: str) -> None:
         subprocess.run(
@@ -42,10 +39,11 @@ def private_postgres(programs: Path) -> Iterator[str]:
 
     try:
         run("initdb", "-D", f"{directory}/data", "-U", "aidocks", "--auth=trust", "--no-sync")
-        options = f"-p {port} -k {directory} -c listen_addresses=127.0.0.1 -c fsync=off"
+        options = f"-k {directory} -c listen_addresses= -c fsync=off"
         run("pg_ctl", "-D", f"{directory}/data", "-o", options, "-l", f"{directory}/log", "-w", "start")
         try:
-            yield f"postgresql://aidocks@127.0.0.1:{port}/postgres"
+            # Its socket is a file: also whoever is in another network reaches it.
+            yield f"postgresql://aidocks@/postgres?host={directory}"
         finally:
             run("pg_ctl", "-D", f"{directory}/data", "-m", "immediate", "-w", "stop")
     finally:

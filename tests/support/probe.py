@@ -40,12 +40,11 @@ class Answer:
         return 200 <= self.status < 300 or self.status == 503
 
 
-async def _ask(url: str, path: str, file: TextIO) -> None:
+async def _ask(http: httpx.AsyncClient, path: str, file: TextIO) -> None:
     begun, begin = time.time(), time.perf_counter()
     status, error = 0, ""
     try:
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as http:
-            status = (await http.get(url + path)).status_code
+        status = (await http.get(path)).status_code
     except httpx.HTTPError as failure:
         error = type(failure).__name__
     line = {"time": begun, "path": path, "status": status, "error": error}
@@ -56,12 +55,17 @@ async def _ask(url: str, path: str, file: TextIO) -> None:
 async def probe(url: str, file: TextIO) -> None:
     """Ask for ever."""
     under_way: set[asyncio.Task[None]] = set()
-    while True:
-        for path in PATHS:
-            task = asyncio.create_task(_ask(url, path, file))
-            under_way.add(task)
-            task.add_done_callback(under_way.discard)
-        await asyncio.sleep(INTERVAL_S)
+    # One client, as to make one takes 30 ms of a processor; but none of its connections is used twice.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(
+        base_url=url, timeout=TIMEOUT_S, trust_env=False, limits=limits, headers={"Connection": "close"}
+    ) as http:
+        while True:
+            for path in PATHS:
+                task = asyncio.create_task(_ask(http, path, file))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+            await asyncio.sleep(INTERVAL_S)
 
 
 def read(path: Path) -> list[Answer]:

@@ -27,7 +27,7 @@ _MOST_BYTES = 1 << 40
 #: Of one row; a longer one is no example, but a file of another kind.
 _LONGEST_ROW = 64 << 20
 _CHUNK = 1 << 20
-_PARQUET_BATCH = 256
+_PARQUET_BATCH = 8
 _SPACE = re.compile(r"\s*")
 
 
@@ -268,6 +268,13 @@ class _Window:
         return bool(more)
 
 
+def _lines(text: IO[str]) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: text.readline(_LONGEST_ROW + 1), ""), start=1):
+        if len(line) > _LONGEST_ROW:
+            raise _Unreadable(f"line {number} is longer than {_LONGEST_ROW >> 20} MiB")
+        yield line
+
+
 def _table(stream: IO[bytes], delimiter: str) -> Iterator[RawRow]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     csv.field_size_limit(_LONGEST_ROW)
@@ -276,7 +283,7 @@ def _table(stream: IO[bytes], delimiter: str) -> Iterator[RawRow]:
         if delimiter == "," and ";" in header and "," not in header:
             delimiter = ";"
         text.seek(0)
-        table = csv.DictReader(text, delimiter=delimiter, strict=True)
+        table = csv.DictReader(_lines(text), delimiter=delimiter, strict=True)
         names = table.fieldnames or []
         if len(set(names)) < len(names) or not all(names):
             raise _Unreadable(
@@ -307,7 +314,12 @@ def _parquet(stream: IO[bytes]) -> Iterator[RawRow]:
         ) from error
     number = 0
     try:
-        for batch in ParquetFile(stream).iter_batches(batch_size=_PARQUET_BATCH):
+        file = ParquetFile(stream)
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        largest = max((group.total_byte_size for group in groups), default=1)
+        # A value that stands in the file once may be that of every row: no value is larger than its group.
+        size = max(1, min(_PARQUET_BATCH, 4 * _LONGEST_ROW // max(1, largest)))
+        for batch in file.iter_batches(batch_size=size):
             for row in batch.to_pylist():
                 number += 1
                 yield RawRow(number, row)
@@ -320,7 +332,7 @@ def _documents(stream: IO[bytes]) -> Iterator[RawRow]:
     block: list[str] = []
     start, size = 1, 0
     try:
-        for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), start=1):
+        for number, line in enumerate(_lines(io.TextIOWrapper(stream, encoding="utf-8-sig")), start=1):
             if line.strip():
                 start = start if block else number
                 block.append(line)

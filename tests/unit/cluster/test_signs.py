@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import pytest
+from ray.exceptions import ActorDiedError
 
-from cluster.signs import _stat, end, works
+from cluster.signs import Place, _stat, end, heard_of, works
+from tests.support.fake_actors import Actor
 
 #: Native code that keeps the interpreter to itself: no thread of this process gets to run.
 HOLDS = "import sys; print(1, flush=True); sum(range(10**12))"
@@ -57,3 +61,24 @@ def test_a_stopped_process_is_ended_and_another_of_its_id_is_not(start: Start) -
     assert end(process.pid, began(process))
     assert process.wait() == -signal.SIGKILL
     assert end(process.pid, "1")
+
+
+def test_nobody_asks_a_worker_for_signs_that_has_died() -> None:
+    async def scenario() -> int:
+        actor, work = Actor(), Future[object]()
+        listening = asyncio.create_task(
+            heard_of(actor, Place("here", "node", 1, "1", 0), actor.reference(work), 0.06)
+        )
+        while not actor.asked:
+            await asyncio.sleep(0.01)
+        # Of a process that dies, what it makes and its answer fail in the same moment.
+        work.set_exception(ActorDiedError())
+        actor.asked[-1].set_exception(ActorDiedError())
+        with pytest.raises(ActorDiedError):
+            await listening
+        asked = len(actor.asked)
+        await asyncio.sleep(0.1)
+        assert len(asyncio.all_tasks()) == 1
+        return len(actor.asked) - asked
+
+    assert asyncio.run(scenario()) == 0

@@ -12,7 +12,7 @@ import pytest
 from aidocks import storage
 from aidocks.settings import Settings
 from aidocks.storage.files import SharedFiles
-from aidocks.storage.objects import ObjectStore
+from aidocks.storage.objects import ObjectStore, open_store
 
 
 class Node:
@@ -69,4 +69,4 @@ def node(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> MakeNode:
 
 @pytest.fixture
 def store(url: str) -> ObjectStore:
-    return ObjectStore(url)
+    return open_store(url)

@@ -13,13 +13,18 @@ import pytest
 
 from aidocks import storage
 from aidocks.errors import ServiceUnreachable
+from aidocks.executor import run_unit
+from aidocks.models.manifest import ManifestFile
 from aidocks.models.registry import Registry
+from aidocks.plan import UnitContext
 from aidocks.settings import Settings
-from aidocks.storage.objects import ObjectStore
+from aidocks.storage.objects import open_store
+from aidocks.storage.remote import RemoteStore
 from tests.conftest import free_port
 from tests.support.s3 import SECRET, s3_bucket
 from tests.unit.storage.conftest import Node
-from tests.unit.storage.test_shared_registry import FILES, publish, read
+from tests.unit.storage.test_shared_registry import FILES, publish, read, stage
+from tests.unit.storage.test_units import LARGE, Look, Write, run
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +57,38 @@ def test_a_model_goes_from_one_node_to_another(
     assert SECRET not in caplog.text
 
 
+def test_a_job_of_two_nodes_becomes_a_model(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("AIDOCKS_HOME", str(home))
+    monkeypatch.setenv("AIDOCKS_STORAGE_URL", url)
+    with Node(home, tmp_path / "a", url).at_work() as settings:
+        publish(settings, FILES, job="job-0")
+        workspace = settings.workspaces_dir / "job-1"
+        workspace.mkdir(parents=True)
+        shard = Write(directory=workspace / "model", name="model.safetensors", content=LARGE)
+        (file,) = run_unit(shard, UnitContext(workspace), "worker-1").result.files
+    with Node(home, tmp_path / "b", url).at_work() as settings:
+        assert "config.json" in run(Look(places=(settings.models_dir / "m",)), workspace)
+        manifest = stage(settings, {"config.json": b"{}"}, "made")[1]
+        listed = ManifestFile(path="model.safetensors", bytes=file.bytes, sha256=file.sha256)
+        manifest = manifest.model_copy(update={"files": (*manifest.files, listed)})
+        Registry(settings.models_dir).publish(workspace / "model", manifest)
+        assert not file.path.exists(), "what the other node wrote is named, not moved"
+        storage.forget(workspace)
+        assert read(Registry(settings.models_dir).bring("made")) == {
+            "config.json": b"{}",
+            "model.safetensors": LARGE,
+        }
+        models = storage.shared(settings.models_dir)
+        assert models is not None
+        (row, _) = models.store.list("models")
+        assert models.store.look(row.key) == row, "a listing and a look agree"
+
+
 def test_one_of_several_creates_at_the_same_time(url: str) -> None:
-    store = ObjectStore(url)
+    store = open_store(url)
     made: list[int] = []
     start = threading.Barrier(3)
 
@@ -72,12 +107,12 @@ def test_one_of_several_creates_at_the_same_time(url: str) -> None:
 
 
 def test_large_contents_go_in_parts(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aidocks.storage.objects._PART_BYTES", 1 << 20)
+    monkeypatch.setattr("aidocks.storage.remote._PART_BYTES", 1 << 20)
     content = os.urandom((9 << 20) + 5)
     (tmp_path / "source").write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    store = ObjectStore(url)
-    store.put("objects/x", tmp_path / "source", digest)
+    store = open_store(url)
+    store.put("objects/x", tmp_path / "source", digest, (tmp_path / "source").stat())
     store.get("objects/x", tmp_path / "target", len(content), digest, "target")
     assert (tmp_path / "target").read_bytes() == content
     (row,) = store.list("objects")
@@ -89,7 +124,7 @@ def test_large_contents_go_in_parts(url: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_strange_names_are_names(url: str) -> None:
-    store = ObjectStore(url)
+    store = open_store(url)
     for name in ("files/a%3FversionId=1", "files/b%2A%5B0%5D", "files/c+d@e"):
         store.write(name, name.encode())
         assert store.read(name) == name.encode()
@@ -104,7 +139,7 @@ def test_a_storage_that_does_not_answer_is_said_to(
     assert said is not None
     assert "s3://no-such-bucket-anywhere/x does not answer" in said
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    store = ObjectStore(f"{bucket}/nobody")
+    store = RemoteStore(f"{bucket}/nobody")
     import s3fs
 
     store._fs = s3fs.S3FileSystem(skip_instance_cache=True, config_kwargs={"retries": {"max_attempts": 1}})

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from aidocks import storage
 from aidocks.checkpoints.files import UNFINISHED, write_bytes
 from aidocks.datasets.store import DatasetStore
 from aidocks.errors import Conflict, CorruptCheckpoint, NameTaken, NotFound, UnknownModel
@@ -20,7 +21,9 @@ from aidocks.models.resolve import ModelResolver
 from aidocks.settings import Settings
 from aidocks.storage import models as shared_models
 from aidocks.storage.catalogue import Catalogue
+from aidocks.storage.disk import DirectoryStore
 from aidocks.storage.objects import ObjectStore
+from aidocks.storage.remote import RemoteStore
 from tests.unit.storage.conftest import MakeNode, Node
 
 FILES = {"model.safetensors": b"w" * 5000, "config.json": b"{}", "report/scan.json": b"[]"}
@@ -78,6 +81,31 @@ def test_a_model_is_seen_listed_and_brought_by_other_nodes(node: MakeNode) -> No
             registry.path("other")
         with pytest.raises(NameTaken):
             publish(settings, FILES, job="job-2")
+
+
+def test_a_list_of_models_is_one_request(
+    node: MakeNode, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with node("a").at_work() as settings:
+        for number in range(3):
+            publish(settings, FILES, f"m{number}", f"job-{number}")
+    asked: list[str] = []
+    for name in ("look", "list", "read"):
+        call = getattr(type(store), name)
+        monkeypatch.setattr(
+            type(store), name, lambda *given, _name=name, _call=call: asked.append(_name) or _call(*given)
+        )
+    with node("b").at_work() as settings:
+        assert len(Registry(settings.models_dir).list()) == 3
+        assert asked == ["list", "read", "read", "read"]
+        shared = storage.shared(settings.models_dir)
+        assert shared is not None
+        shared.models._listed = None  # some time later
+        monkeypatch.setattr(shared.models, "_documents", {
+            name: (0.0, *known[1:]) for name, known in shared.models._documents.items()
+        })  # fmt: skip
+        assert len(Registry(settings.models_dir).list()) == 3
+        assert asked[4:] == ["list"]
 
 
 def test_a_model_made_anew_under_the_same_name_is_another(
@@ -228,7 +256,12 @@ def killed_before(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[s
         return instead
 
     with monkeypatch.context() as patch:
-        for kind, names in ((ObjectStore, ("write", "put", "touch")), (Catalogue, ("create", "remove"))):
+        writes = ("write", "put", "touch")
+        for kind, names in (
+            (DirectoryStore, writes),
+            (RemoteStore, writes),
+            (Catalogue, ("create", "remove")),
+        ):
             for name in names:
                 patch.setattr(kind, name, dying(name, getattr(kind, name)))
         for name in ("rename", "replace", "unlink", "utime"):

@@ -13,8 +13,8 @@ from aidocks.checkpoints.files import hash_file, unfinished, write_bytes
 from aidocks.executor import run_unit
 from aidocks.models.registry import Registry
 from aidocks.plan import Unit, UnitContext, WritingUnit, WrittenFiles
-from aidocks.storage.checkpoints import bring_checkpoints, sharing_checkpoints
-from aidocks.storage.files import files_below
+from aidocks.storage.checkpoints import bring_checkpoints, has_begun, sharing_checkpoints
+from aidocks.storage.files import Entry, files_below
 from tests.unit.storage.conftest import MakeNode
 from tests.unit.storage.test_shared_registry import FILES, publish
 
@@ -92,6 +92,9 @@ def test_units_find_what_others_wrote_elsewhere(node: MakeNode) -> None:
         assert not (workspace / "model" / "shard").exists()
         assert storage.is_kept(shard.path, shard.bytes, shard.sha256)
         assert not storage.is_kept(shard.path, shard.bytes, "0" * 64)
+        sizes = {"shard": len(LARGE) + 1, "config.json": 5, "card.md": 5}
+        assert storage.sizes_of(workspace / "model") == sizes
+        assert storage.sizes_of(settings.models_dir / "m")["model.safetensors"] == 5000
         model = settings.models_dir / "m"
         scan = settings.cache_dir / "scans" / "s1"
         named = Look(places=(model, scan), named={"whole": workspace / "model"})
@@ -142,6 +145,8 @@ def test_checkpoints_go_with_a_training_that_moves(node: MakeNode) -> None:
     with a.sharing() as here:
         directory = here.home / "checkpoints" / "job-1"
         story = here.home / "workspaces" / "job-1" / "training" / "story.jsonl"
+        story.parent.mkdir(parents=True)
+        assert not has_begun(here, directory)
         for step in (2, 4):
             with sharing_checkpoints(here, directory, story):
                 write_bytes(directory / f"checkpoint-0000000{step}" / "weights", b"%d" % step)
@@ -152,9 +157,16 @@ def test_checkpoints_go_with_a_training_that_moves(node: MakeNode) -> None:
         with sharing_checkpoints(here, directory, story):
             pass
         assert [path.name for path in here.trees(directory)] == ["checkpoint-00000004"]
-    with b.at_work():
+    with b.sharing() as here:
+        assert has_begun(here, directory)
         bring_checkpoints(directory)
         assert (directory / "checkpoint-00000004" / "weights").read_bytes() == b"4"
         storage.bring_file(story)
         assert story.read_bytes() == b"{}"
+        # Somebody tells something here.
+        story.write_bytes(b"{}{}")
+        storage.bring_file(story)
+        assert here.entry(story) == Entry(
+            bytes=4, sha256=hash_file(story), changed_ns=story.stat().st_mtime_ns
+        )
         bring_checkpoints(directory.with_name("job-2"))
