@@ -31,6 +31,7 @@ NAMES = (
     "serve_embed",
     "scan",
     "scan_workers",
+    "scan_nodes",
     "suffix",
     "truncation",
     "assembly",

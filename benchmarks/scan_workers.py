@@ -40,8 +40,8 @@ def run() -> list[Comparison]:
             matrices = sorted(find_matrices(Checkpoint(model).entries), key=lambda m: (-m.cost, m.order))
             caches = (scratch / f"cache-{number}" for number in itertools.count())
             two, one = in_turns(
-                lambda: _scan(model, matrices, 2, next(caches)),
-                lambda: _scan(model, matrices, 1, next(caches)),
+                lambda: scan(model, matrices, 2, next(caches)),
+                lambda: scan(model, matrices, 1, next(caches)),
                 runs=RUNS,
             )
         finally:
@@ -54,7 +54,7 @@ def run() -> list[Comparison]:
     return [Comparison("spectral scan, two workers", two, one, "one worker", facts=facts)]
 
 
-def _scan(model: Path, matrices: Sequence[Matrix], workers: int, cache: Path) -> float:
+def scan(model: Path, matrices: Sequence[Matrix], workers: int, cache: Path) -> float:
     """Return the seconds that a pool of so many workers takes, once each has scanned a matrix."""
     from aidocks.laser.scan import ScanMatrix
     from cluster.pool import RayPool

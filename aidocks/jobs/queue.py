@@ -18,7 +18,7 @@ from aidocks.jobs.database import jobs
 from aidocks.jobs.model import Place, Status
 from aidocks.jobs.terms import LOCAL
 
-#: Submissions to PostgreSQL are counted one after the other under this lock (those to SQLite are anyway).
+#: Submissions to PostgreSQL are made one after the other under this lock (those to SQLite are anyway).
 _ADMISSION_LOCK = 872301
 
 
@@ -97,17 +97,19 @@ def next_job(waiting: Iterable[Waiting], running: Collection[Started], places: i
     )
 
 
+def stand_in_line(connection: Connection) -> None:
+    """Wait until this is the only submission under way: what it reads of the queue stays so until it ends."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADMISSION_LOCK})"))
+
+
 def admit(connection: Connection, owner: str, limits: Limits) -> None:
-    """Refuse a job that is one too many. What is counted stays so until the transaction ends.
+    """Refuse a job that is one too many.
 
     Raises:
         QueueFull: Enough jobs wait.
         QuotaExceeded: The owner has enough unfinished ones.
     """
-    if limits == UNLIMITED:
-        return
-    if connection.dialect.name == "postgresql":
-        connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADMISSION_LOCK})"))
     if limits.queued is not None:
         waiting = length(connection, "service").waiting
         if waiting >= limits.queued:

@@ -110,6 +110,8 @@ class JobStore(JobReader):
         limits: Limits,
     ) -> tuple[Job, bool]:
         with self._database.durable() as connection:
+            # Else one of two under the same key could find the other's name, but not its key.
+            queue.stand_in_line(connection)
             if row["idempotency_key"]:
                 names = ("owner", "operation", "idempotency_key", "body_hash")
                 known = rows.remembered(connection, *(row[name] for name in names))

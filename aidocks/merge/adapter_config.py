@@ -90,7 +90,7 @@ class AdapterConfig:
     def refuse(self, part: str) -> NoReturn:
         """Raise IncompatibleModels for a part of the adapter that is not understood."""
         raise IncompatibleModels(
-            f"The adapter {self.name!r} cannot be used: AIDocks does not know what to do with {part}.",
+            f"The adapter {self.name!r} cannot be used: AIDocks does not know what to do with {part[:300]}.",
             field=self.field,
             value=self.name,
             hint="Merge it into its model with the program that made it, and name the result instead.",

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from aidocks.specs.base import ModelName
 
@@ -52,6 +52,12 @@ class Table(BaseModel):
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     strong: tuple[tuple[int, int], ...] = Field((), description="(row, column) of the cells that stand out.")
+
+    @model_validator(mode="after")
+    def _has_columns(self) -> Table:
+        if any(len(row) != len(self.header) for row in self.rows):
+            raise ValueError("every row of a table has as many cells as its header")
+        return self
 
 
 class Section(BaseModel):

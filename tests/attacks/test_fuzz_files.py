@@ -17,7 +17,8 @@ import pytest
 from aidocks.checkpoints.layout import module_files, weights_present
 from aidocks.checkpoints.reader import Checkpoint
 from aidocks.datasets.store import DatasetStore
-from aidocks.errors import CorruptCheckpoint, InvalidSpec
+from aidocks.errors import CorruptCheckpoint, IncompatibleModels, InvalidSpec
+from aidocks.merge.adapter import read_adapter
 from aidocks.models.gguf_import import import_gguf
 from aidocks.models.registry import Registry
 from aidocks.models.tokenizer_files import read_template
@@ -94,6 +95,19 @@ def test_kinds_of_models_that_would_fill_a_message(tmp_path: Path, named: object
         with pytest.raises(CorruptCheckpoint, match="names no kind of model") as caught:
             Checkpoint(model)
         assert len(str(caught.value)) < 300
+    adapter = sound.write_adapter(tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text(json.dumps(sound.ADAPTER_CONFIG | {"peft_type": named}))
+    with pytest.raises(IncompatibleModels, match="does not know what to do") as refused:
+        read_adapter(adapter)
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_manifest_whose_table_has_no_columns(tmp_path: Path) -> None:
+    made = sound.write_model(tmp_path / "models" / "made")
+    sections = [{"title": "T", "table": {"header": ["a"], "rows": [["1"], []]}}]
+    (made / "aidocks.json").write_text(json.dumps(sound.MANIFEST | {"sections": sections}))
+    with pytest.raises(CorruptCheckpoint):
+        Registry(tmp_path / "models").manifest("made")
 
 
 def test_indexes_and_lists_of_things_that_are_no_names(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import pytest
 from aidocks.errors import InvalidSpec
 from aidocks.jobs.model import EventType, Status
 from aidocks.jobs.store import JobStore
-from aidocks.jobs.submit import submit_job
 from aidocks.plan import Gang
 from aidocks.settings import Settings
 from cluster.gang import require_room
@@ -96,7 +95,7 @@ def test_a_gang_does_not_wait_for_workers_that_have_become_idle(
             until((tmp_path / "held").exists, "the other user")
             # It has the CPU that is left when the gang gets its turn, and would keep it afterwards.
             spec = {"traces": str(tmp_path), "units": 1, "seconds": 2.0}
-            unit = submit_job(trivial_settings, store, "trivial", spec)[0].id
+            unit = store.submit("trivial", spec, output_name=None)[0].id
             until(lambda: any(e.type is EventType.UNIT_STARTED for e in store.events(unit)), "a busy worker")
             assert begin(members=1, steps=2).ended().status is Status.SUCCEEDED
         finally:

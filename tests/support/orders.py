@@ -173,7 +173,9 @@ class Stream:
         self._environment = dict(environment)
         self._patience_s = patience_s
         self.store = JobStore(settings.store_url)
-        self._engine = create_engine(settings.store_url.replace("postgresql://", "postgresql+psycopg://"))
+        self._engine = create_engine(
+            settings.store_url.replace("postgresql://", "postgresql+psycopg://"), pool_pre_ping=True
+        )
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self.orders: list[Order] = []

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, where its programs are installed: loopback only, gone afterwards."""
+"""A PostgreSQL server of the tests' own, where its programs are installed: on no port, gone afterwards."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -338,6 +339,24 @@ def test_concurrent_submissions_make_one_job(store_url: str) -> None:
     (job,) = stores[0].list()
     assert len(outcomes) == 8
     assert set(outcomes) <= {job.id, "taken"}
+    for store in stores:
+        store.close()
+
+
+def test_whoever_repeats_a_submission_is_never_told_that_its_own_name_is_taken(store_url: str) -> None:
+    stores = [JobStore(store_url) for _ in range(4)]
+    barrier = threading.Barrier(4, timeout=10)
+
+    def send(store: JobStore) -> list[str]:
+        ids = []
+        for n in range(15):
+            barrier.wait()
+            ids.append(store.submit("laser", {"a": n}, output_name=f"x{n}", idempotency_key=f"k{n}")[0].id)
+        return ids
+
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(send, stores)
+    assert all(ids == first for ids in others)
     for store in stores:
         store.close()
 
