@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aidocks.access.redaction import without_secrets
-from aidocks.errors import BodyTooLarge, HostNotAllowed
+from aidocks.errors import BodyTooLarge, HostNotAllowed, UnsupportedMediaType
 from serve.access import KEY
 from serve.door import Door, Refusal, path_of
 from serve.problems import REQUEST_ID, problem_answer, unexpected_problem
@@ -121,6 +121,10 @@ class Gate:
             scope[KEY] = holder
         if refusal is not None:
             return refusal
+        packing = headers.get("content-encoding", "identity").strip().lower()
+        if packing not in ("", "identity"):
+            packed = f"The body is packed ({packing[:40]!r})."
+            return Refusal(UnsupportedMediaType(packed, hint="Send it as it is: nothing is unpacked here."))
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > limit:
             return Refusal(_too_large(limit))

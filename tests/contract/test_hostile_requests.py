@@ -38,9 +38,9 @@ def test_packed_bodies_are_never_unpacked(client: Any, settings: Settings, codin
     packed = gzip.compress(json.dumps({"model": "x" * 10_000_000}).encode())
     headers = {"Content-Encoding": coding}
     for path in ("/merge", "/embed", "/v1/embeddings"):
-        assert client.post(path, content=packed, headers=JSON | headers).status_code in (400, 415, 422)
+        assert client.post(path, content=packed, headers=JSON | headers).status_code == 415
     answer = client.post("/datasets?name=x&filename=x.jsonl", content=packed, headers=headers)
-    assert answer.status_code in (415, 422), answer.text
+    assert answer.status_code == 415, answer.text
     assert client.get("/datasets").json() == {"datasets": []}
 
 
