@@ -95,6 +95,19 @@ def _tiny_tokenizer() -> Any:
 
 
 @pytest.fixture
+def terminal_width(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make what the command line prints in this process so wide; its consoles know their width from their making on."""
+    from aidocks.cli import output
+
+    def widen(columns: int) -> None:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        output.out.cache_clear()
+        output.err.cache_clear()
+
+    return widen
+
+
+@pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data directory of the test's own, also for subprocesses that inherit the environment."""
     directory = tmp_path / "home"

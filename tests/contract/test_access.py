@@ -388,12 +388,14 @@ def test_openai_s_client_with_a_key(url: str, make_key: Any, model: str) -> None
             ai.models.list()
 
 
-def test_the_commands(url: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_commands(
+    url: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: Any, terminal_width: Any
+) -> None:
     import sys
 
     from aidocks.cli.main import main
 
-    monkeypatch.setenv("COLUMNS", "200")
+    terminal_width(200)
     settings.state_file.write_text(f'{{"url": "{url}"}}')
 
     def run(*words: str) -> tuple[int, str, str]:

@@ -31,13 +31,16 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def aidocks(
-    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    terminal_width: Callable[[int], None],
 ) -> Callable[..., tuple[int, str, str]]:
     """Run a command line in this process: exit code, output, errors."""
     from aidocks.cli.main import main
 
     monkeypatch.setenv("AIDOCKS_URL", url)
-    monkeypatch.setenv("COLUMNS", "200")
+    terminal_width(200)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["aidocks", *arguments])

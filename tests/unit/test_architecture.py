@@ -31,7 +31,7 @@ def error_classes() -> list[type[errors.AIDocksError]]:
     found = [errors.AIDocksError]
     for kind in found:
         found.extend(kind.__subclasses__())
-    return found
+    return [kind for kind in found if kind.__module__.startswith("aidocks.")]
 
 
 def loaded_after(statement: str) -> set[str]:

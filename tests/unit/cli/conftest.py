@@ -20,11 +20,13 @@ class Outcome:
 
 
 @pytest.fixture
-def aidocks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def aidocks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal_width: Callable[[int], None]
+) -> Callable[..., Outcome]:
     """Run a command line in this process: ``aidocks("jobs", "list", stdin="")``."""
     from aidocks.cli.main import main
 
-    monkeypatch.setenv("COLUMNS", "120")
+    terminal_width(120)
 
     def run(*arguments: str, stdin: str = "") -> Outcome:
         monkeypatch.setattr(sys, "argv", ["aidocks", *arguments])

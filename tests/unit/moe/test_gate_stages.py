@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from aidocks.checkpoints.files import OutputFile, hash_file
 from aidocks.checkpoints.writer import ShardPlan
-from aidocks.executor import Outcome
+from aidocks.executor import Claim, Outcome
 from aidocks.jobs.model import EventType, Job, Status
 from aidocks.jobs.runner import run_job
 from aidocks.jobs.store import JobStore
@@ -150,7 +150,9 @@ class Pool:
         self.before = before
         self.ran: list[Unit[Any]] = []
 
-    async def run(self, unit: Unit[Any], workspace: Path, started: Callable[[str], None]) -> Outcome:
+    async def run(
+        self, unit: Unit[Any], workspace: Path, started: Callable[[str], None], claim: Claim
+    ) -> Outcome:
         started("worker-1")
         self.before(unit)
         await asyncio.sleep(0)
