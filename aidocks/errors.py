@@ -11,10 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-#: Of a message; the longest of ours have some hundreds.
-MOST_CHARACTERS = 4000
-
-
 class AIDocksError(Exception):
     """Root of the family.
 
@@ -37,7 +33,7 @@ class AIDocksError(Exception):
         self, message: str, *, field: str | None = None, value: Any = None, hint: str | None = None
     ) -> None:
         # What was given may be as long as a file; whoever reads this needs its beginning.
-        message = message if len(message) <= MOST_CHARACTERS else f"{message[:MOST_CHARACTERS]} …"
+        message = message if len(message) <= 4000 else f"{message[:4000]} …"
         super().__init__(message)
         self.message = message
         self.field = field
