@@ -45,7 +45,7 @@ _STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A page of events; or, when asked for, the stream of events: of each, `id` is the "
         "sequence, `event` the type and `data` the event as JSON. It ends after the event that ends the job.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"example": "id: 1\nevent: queued\ndata: {...}\n\n"}},
     }
 }
 
