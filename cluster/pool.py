@@ -125,7 +125,7 @@ class RayPool:
         # Whoever knows how much memory it needs has looked at files.
         memory = await asyncio.to_thread(lambda: unit.memory)
         kind = room.kind_of(self._default, claim.resources, memory, () if self._growth else self._view.nodes)
-        self._admit(kind)
+        await self._admit(kind)
         self._threads[kind] = room.threads_of(kind, claim.resources, self._view.cores, self.parallelism)
         async with self._turns_for(claim, kind.worth(self._default)):
             slot = await self._crew.take(kind, self.parallelism, lambda text: self._tell(claim.job, text))
@@ -136,10 +136,12 @@ class RayPool:
                 if slot.name in self._crew.slots:
                     self._crew.give(slot)
 
-    def _admit(self, kind: Kind) -> None:
+    async def _admit(self, kind: Kind) -> None:
         """Refuse what no node could hold; unless one could before, or an autoscaler may bring one."""
-        if kind != self._default and kind not in self._known and not self._growth:
-            room.require_room(kind, self._view.nodes)
+        new = kind != self._default and kind not in self._known and not self._growth
+        if new and not room.fits(kind, self._view.nodes):
+            # A node may have come since anybody looked.
+            room.require_room(kind, (await asyncio.to_thread(look)).nodes)
         self._known.add(kind)
 
     async def _run_gang(
@@ -282,8 +284,8 @@ class RayPool:
         if default.gpus or not self._default.gpus:  # GPUs that went away may come back
             self._default = default
         self._count()
-        gone = self._view.ids
-        self._crew.drop_idle(lambda slot: slot.place is not None and slot.place.node not in gone)
+        present = self._view.ids
+        self._crew.drop_idle(lambda slot: slot.place is not None and slot.place.node not in present)
 
     def _count(self) -> None:
         demand = self._turns.held + self._turns.waiting
