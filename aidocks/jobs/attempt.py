@@ -133,7 +133,7 @@ class _JobRun:
         driving = asyncio.create_task(self._drive())
         try:
             await asyncio.wait(
-                (watching, driving), timeout=self._seconds_left(), return_when=asyncio.FIRST_COMPLETED
+                (watching, driving), timeout=self._job.seconds_left, return_when=asyncio.FIRST_COMPLETED
             )
             # A job that finished just before its flag was seen has finished.
             if not driving.done():
@@ -148,12 +148,6 @@ class _JobRun:
             for task in (watching, driving):
                 task.cancel()
             await asyncio.gather(watching, driving, return_exceptions=True)
-
-    def _seconds_left(self) -> float | None:
-        """Return the seconds until the job's time is up, over all attempts; None where it may take any time."""
-        if self._job.timeout_s is None or self._job.started_at is None:
-            return None
-        return max(0.0, self._job.started_at.timestamp() + self._job.timeout_s - time.time())
 
     def _timed_out(self) -> TimedOut:
         resumable = RESUMES in find_operation(self._job.operation).spec_type().model_fields
@@ -226,7 +220,7 @@ class _JobRun:
         """Return the seconds after which the job is tried again, None where it fails now."""
         if self._job.place == "local":
             return None  # whoever waits for it sees the error, and can decide
-        wait_s, left_s = wait_before_retry(error, self._job.failures), self._seconds_left()
+        wait_s, left_s = wait_before_retry(error, self._job.failures), self._job.seconds_left
         return None if wait_s is None or (left_s is not None and left_s <= wait_s) else wait_s
 
     async def put_back(self, error: AIDocksError, wait_s: float) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal
@@ -89,6 +90,13 @@ class Job(BaseModel):
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until its time is up, over all attempts, and 0 from then on; None where it may take any time."""
+        if self.timeout_s is None or self.started_at is None:
+            return None
+        return max(0.0, self.started_at.timestamp() + self.timeout_s - time.time())
 
 
 class EventType(StrEnum):

@@ -144,18 +144,11 @@ def _orphan_to_continue(
     chosen = None
     for job in _orphans(store):
         same = (job.operation, job.spec, job.timeout_s) == asked and not job.cancel_requested
-        if chosen is None and same and not _is_overdue(job):
+        if chosen is None and same and job.seconds_left != 0.0:
             chosen = job
         else:
             _fail_orphan(store, settings, job)
     return chosen
-
-
-def _is_overdue(job: Job) -> bool:
-    """Say whether a job's time was up while nobody ran it."""
-    if job.timeout_s is None or job.started_at is None:
-        return False
-    return time.time() > job.started_at.timestamp() + job.timeout_s
 
 
 def _orphans(store: JobStore) -> list[Job]:

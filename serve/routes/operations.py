@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from aidocks.errors import UnsupportedMediaType
@@ -47,6 +47,14 @@ TimeoutS = Annotated[
         "again meanwhile. Without: it takes its time.",
     ),
 ]
+
+
+async def _terms(caller: Caller, priority: Priority = 0, timeout_s: TimeoutS = None) -> Terms:
+    return Terms(owner=caller.owner, priority=priority, timeout_s=timeout_s)
+
+
+#: For the signature of a route that submits.
+AskedTerms = Annotated[Terms, Depends(_terms)]
 
 _PROBLEMS = problems(
     (403, "A path in the request is outside the allowed roots."),
@@ -98,13 +106,11 @@ def _submission(registration: Registration) -> Callable[..., Awaitable[Job]]:
         caller: Caller,
         request: Request,
         response: Response,
+        terms: AskedTerms,
         idempotency_key: IdempotencyKey = None,
-        priority: Priority = 0,
-        timeout_s: TimeoutS = None,
     ) -> Job:
         require_json(request)
         body = await request.body()
-        terms = Terms(owner=caller.owner, priority=priority, timeout_s=timeout_s)
         job, created = await run_in_threadpool(
             _submit, here, caller, registration, body, idempotency_key, terms
         )

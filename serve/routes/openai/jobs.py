@@ -21,7 +21,7 @@ from serve.routes.openai.ids import checkpoint_id
 from serve.routes.openai.listing import After, Limit, behind, page
 from serve.routes.openai.tunings import OPERATION, Tuning, goes_on, tuning_of, whole
 from serve.routes.openai.views import job_object
-from serve.routes.operations import IdempotencyKey, Priority, TimeoutS, announce, require_json
+from serve.routes.operations import AskedTerms, IdempotencyKey, announce, require_json
 
 #: Figures of a checkpoint, by their names.
 _FIGURES = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -37,14 +37,12 @@ async def create(
     caller: Caller,
     request: Request,
     response: Response,
+    terms: AskedTerms,
     idempotency_key: IdempotencyKey = None,
-    priority: Priority = 0,
-    timeout_s: TimeoutS = None,
 ) -> dict[str, Any]:
     """Submit a training."""
     require_json(request)
     body = await request.body()
-    terms = Terms(owner=caller.owner, priority=priority, timeout_s=timeout_s)
     job, created = await run_in_threadpool(_submit, here, caller, body, idempotency_key, terms)
     announce(here, request, response, job, created)
     return await run_in_threadpool(_object, here, job)
