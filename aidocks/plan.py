@@ -108,6 +108,7 @@ class Gang:
         spread: Whether they shall be on as many nodes as there are, rather than on as few.
         max_failures: How often they may begin anew from their last checkpoint after one of them has died.
         patience_s: How long they wait for room that a cluster has lost meanwhile.
+        fewer: Smaller numbers of members that can go on from the same checkpoints; the largest first.
     """
 
     members: int
@@ -118,6 +119,12 @@ class Gang:
     spread: bool = False
     max_failures: int = 3
     patience_s: float = 300.0
+    fewer: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of members with which it can run, the largest first."""
+        return (self.members, *self.fewer)
 
 
 class Unit(BaseModel, ABC, Generic[UnitResultT]):

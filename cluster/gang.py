@@ -41,17 +41,30 @@ def require_room(gang: Gang, nodes: Iterable[Node]) -> None:
         nodes: All resources of each node, by Ray's names.
 
     Raises:
-        InvalidSpec: The members would not fit, even if nothing else ran.
+        InvalidSpec: Not even the fewest members would fit, if nothing else ran.
     """
     held = places(resources_of_a_member(gang), list(nodes))
-    if sum(held) < gang.members:
+    least = gang.sizes[-1]
+    if sum(held) < least:
         raise InvalidSpec(
             f"The cluster has room for {count(sum(held), 'worker')} of {describe_member(gang)} each, "
             f"on {count(len(held), 'node')}.",
-            field="workers",
-            value=gang.members,
+            field="min_workers" if gang.fewer else "workers",
+            value=least,
             hint="Ask for fewer workers, or for less for each (resources), or add nodes.",
         )
+
+
+def largest_size(gang: Gang, nodes: Iterable[Node], running: int = 0) -> int:
+    """Return the largest number of members of which there is room; 0: not even for the fewest.
+
+    Args:
+        gang: That is to be started.
+        nodes: Resources of each node, by Ray's names: all of them, or those that nobody uses.
+        running: Members that have what they need already.
+    """
+    held = running + sum(places(resources_of_a_member(gang), list(nodes)))
+    return next((size for size in gang.sizes if size <= held), 0)
 
 
 def describe_member(gang: Gang) -> str:

@@ -194,7 +194,9 @@ class RayPool:
         worth = gang.members * (gang.gpus / default.gpus if default.gpus else gang.cpus)
         wanted = max(1, math.ceil(worth))
         least = min(wanted, self.parallelism)
-        waiting = f"It waits for {least} of {self.parallelism} workers: other jobs are using them."
+        waiting = (
+            f"It waits for {least} of {room.count(self.parallelism, 'worker')}: other jobs are using them."
+        )
         loop = asyncio.get_running_loop()
         reminder = loop.call_later(GANG_PATIENCE_S, gangs.say, unit, waiting)
         try:

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
-from aidocks.errors import LeaseLost, ServiceUnreachable
-from aidocks.jobs.model import EventType, Job, Place
+from aidocks.errors import LeaseLost
+from aidocks.jobs.database import STORE_ERRORS, store_away
+from aidocks.jobs.model import SERVICE, EventType, Job
 from aidocks.jobs.queue import QueueLength, Started, next_job
 from aidocks.jobs.retention import remove_leftovers, remove_old_jobs
 from aidocks.jobs.runner import end_orphans, process_name, run_job
@@ -33,15 +32,11 @@ from aidocks.settings import Settings
 from cluster.observers import Observers, supervisor_observers
 from cluster.pool import RayPool
 
-PLACE: Place = "service"
 POLL_S = 0.5
 SWEEP_S = 60.0
 COUNT_S = 5.0
 RESTART_DELAY_S, LONGEST_DELAY_S = 1.0, 30.0
 READY_S = 10.0
-
-#: What says that the job store is away, locked, or has no room. It passes, and says nothing of any job.
-STORE_ERRORS = (OperationalError, InterfaceError)
 
 _log = logging.getLogger(__name__)
 
@@ -137,15 +132,14 @@ class Supervisor:
         Raises:
             ServiceUnreachable: It does not answer.
         """
-        away = ServiceUnreachable("The job store does not answer.", hint="Try again in a moment.")
         if not self._ready.wait(READY_S) or self._store is None:
-            raise away
+            raise store_away()
         try:
             yield self._store
         except STORE_ERRORS as error:
             _log.error("the job store failed: %s", error)
             # Not with its cause: whoever asks need not have what the store is made of.
-            raise away from None
+            raise store_away() from None
 
     # The supervisor's own thread.
 
@@ -178,7 +172,7 @@ class Supervisor:
         if self._store is None:
             self._store = await asyncio.to_thread(JobStore, self._settings.store_url)
         store = self._store
-        self._token = await asyncio.to_thread(store.acquire_lease, PLACE, process_name())
+        self._token = await asyncio.to_thread(store.acquire_lease, SERVICE, process_name())
         serving = self._settings.serving_replicas * self._settings.serving_gpus
         self._pool = pool = RayPool(
             self._settings.workers,
@@ -226,14 +220,14 @@ class Supervisor:
             _log.exception("not everything could be cleared away")
 
     async def _count(self, store: JobStore, pool: RayPool, observers: Observers) -> None:
-        self._queue = await asyncio.to_thread(store.queue_length, PLACE)
+        self._queue = await asyncio.to_thread(store.queue_length, SERVICE)
         observers.queue(self._queue.waiting, self._queue.oldest_s, len(self._running))
         workers = pool.workers()
         busy = sum(1 for worker in workers if worker["unit"])
         observers.workers(busy, len(workers) - busy)
 
     async def _start_jobs(self, store: JobStore, pool: RayPool, observers: Observers) -> None:
-        waiting = await asyncio.to_thread(store.waiting, PLACE, self._token)
+        waiting = await asyncio.to_thread(store.waiting, SERVICE, self._token)
         places = self._settings.jobs_at_once
         while chosen := next_job(waiting, [one.counts for one in self._running.values()], places):
             waiting.remove(chosen)

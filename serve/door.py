@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
 from starlette.datastructures import Headers
 
 from aidocks.access.keys import ApiKey, Limits
 from aidocks.access.store import KeyStore
-from aidocks.errors import AIDocksError, NotPermitted, RateLimited, ServiceUnreachable, Unauthenticated
+from aidocks.errors import AIDocksError, NotPermitted, RateLimited, Unauthenticated
+from aidocks.jobs.database import STORE_ERRORS, store_away
 from aidocks.settings import Settings
 from serve.access import KeyHolder, needed_scope
 from serve.rates import Rates
@@ -69,10 +69,9 @@ class Door:
             return None, Refusal(error, {"WWW-Authenticate": 'Bearer realm="AIDocks"'})
         except _TooOften as late:
             return None, Refusal(late.error, {"Retry-After": str(math.ceil(late.wait_s))})
-        except OperationalError as error:
+        except STORE_ERRORS as error:
             log.error("the keys cannot be read", exc_info=error)
-            unavailable = ServiceUnreachable("The job store does not answer.", hint="Try again in a moment.")
-            return None, Refusal(unavailable, {"Retry-After": "1"})
+            return None, Refusal(store_away(), {"Retry-After": "1"})
         holder = KeyHolder(key.id, key.scopes, self._limits(key))
         if key.allows(needed):
             return holder, None

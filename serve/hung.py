@@ -6,15 +6,13 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from aidocks.jobs.model import SERVICE
 from aidocks.jobs.runner import process_is_gone
 from aidocks.jobs.store import JobStore
 from aidocks.settings import Settings
 
 if TYPE_CHECKING:
     from cluster.signs import Place
-
-#: Whose lease a supervisor holds.
-PLACE = "service"
 
 log = logging.getLogger("serve.hung")
 
@@ -54,7 +52,7 @@ class HungProcess:
     def _find(self) -> Place | None:
         if self._store is None:
             self._store = JobStore(self._settings.store_url)
-        lease = self._store.lease(PLACE)
+        lease = self._store.lease(SERVICE)
         if lease is None or lease.live or process_is_gone(lease.owner):
             return None
         host, _, process = lease.owner.partition("/")

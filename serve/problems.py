@@ -11,7 +11,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from aidocks.errors import (
@@ -20,8 +19,8 @@ from aidocks.errors import (
     InvalidSpec,
     MethodNotAllowed,
     NotFound,
-    ServiceUnreachable,
 )
+from aidocks.jobs.database import STORE_ERRORS, store_away
 from aidocks.specs.faults import invalid_spec
 
 MEDIA_TYPE = "application/problem+json"
@@ -100,7 +99,8 @@ def handle_problems(api: FastAPI) -> None:
     api.add_exception_handler(AIDocksError, _refused)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _not_routed)
-    api.add_exception_handler(OperationalError, _store_unavailable)
+    for error in STORE_ERRORS:
+        api.add_exception_handler(error, _store_unavailable)
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
@@ -126,8 +126,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _store_unavailable(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s: the job store failed", request.method, request.url.path, exc_info=error)
-    unavailable = ServiceUnreachable("The job store does not answer.", hint="Try again in a moment.")
-    return problem_answer(request.scope, unavailable, {"Retry-After": "1"})
+    return problem_answer(request.scope, store_away(), {"Retry-After": "1"})
 
 
 async def _not_routed(request: Request, error: Exception) -> JSONResponse:

@@ -56,7 +56,9 @@ def choose(training: LLMTraining, place: Place) -> tuple[Backend, str]:
     """
     config = json.loads((training.base / "config.json").read_text(encoding="utf-8"))
     architecture = str(text_config(config).get("model_type") or config.get("model_type", "unknown"))
-    return decide(training, Facts(place.gpu, place.world_size, architecture, _version_of("unsloth")))
+    # What goes on with fewer processes for a while is trained by the same library all the time.
+    members = training.workers or place.world_size
+    return decide(training, Facts(place.gpu, members, architecture, _version_of("unsloth")))
 
 
 def decide(training: LLMTraining, facts: Facts) -> tuple[Backend, str]:

@@ -203,7 +203,6 @@ def trainer_arguments(training: Training, place: Place, directory: Path) -> dict
         "num_train_epochs",
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
         "learning_rate",
         "lr_scheduler_type",
         "weight_decay",
@@ -222,6 +221,7 @@ def trainer_arguments(training: Training, place: Place, directory: Path) -> dict
         {name: getattr(hyper, name) for name in same}
         | {
             "output_dir": str(directory),
+            "gradient_accumulation_steps": training.passes(place.world_size),
             "max_steps": hyper.max_steps or -1,
             "warmup_steps": hyper.warmup_ratio,  # below 1: a share of all steps
             "bf16": training.precision == "bfloat16",
@@ -298,6 +298,8 @@ def _finish(
 def _beginning(training: Training, place: Place, reason: str, checkpoint: Path | None) -> str:
     gang = f"{place.world_size} processes" if place.world_size > 1 else "one process"
     parts = [f"{reason} {gang.capitalize()} on {'GPU' if place.gpu else 'CPU'}, {training.precision}"]
+    if training.workers is not None and place.world_size < training.workers:
+        parts.append(f"with the forward passes of {training.workers}")
     if training.deepspeed is not None:
         parts.append(f"DeepSpeed ZeRO stage {training.zero_stage}")
     if checkpoint is not None:

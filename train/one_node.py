@@ -12,7 +12,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aidocks.errors import InvalidSpec, WorkerLost
 from aidocks.plan import Gang, GangUnit
-from cluster.gang import describe_member, require_room, say
+from cluster.gang import describe_member, largest_size, say
+from cluster.room import count
 
 #: How often it is looked for a node that is gone.
 _LOOK_S = 1.0
@@ -78,17 +79,16 @@ def choose(gang: Gang, nodes: Iterable[Mapping[str, Any]], here: str) -> Place:
     Raises:
         InvalidSpec: None is large enough, even if nothing else ran.
     """
-    for node in sorted(nodes, key=lambda node: (node["NodeID"] != here, node["NodeID"])):
-        try:
-            require_room(gang, [node["Resources"]])
-        except InvalidSpec:
-            continue
+    ordered = sorted(nodes, key=lambda node: (node["NodeID"] != here, node["NodeID"]))
+    sizes = [largest_size(gang, [node["Resources"]]) for node in ordered]
+    if any(sizes):
+        node = ordered[sizes.index(max(sizes))]
         return Place(node["NodeID"], node["NodeManagerAddress"])
     raise InvalidSpec(
-        f"No node has room for {gang.members} workers of {describe_member(gang)} each, and the nodes of this "
-        "installation share no file system.",
-        field="workers",
-        value=gang.members,
+        f"No node has room for {count(gang.sizes[-1], 'worker')} of {describe_member(gang)} each, and the nodes of "
+        "this installation share no file system.",
+        field="min_workers" if gang.fewer else "workers",
+        value=gang.sizes[-1],
         hint="Ask for fewer workers, or for less for each (resources); or give the nodes a common data directory.",
     )
 

@@ -131,14 +131,19 @@ class RayGang:
         """
         from ray.train import TrainingFailedError
 
-        from train.ray_watching import EndedForGood
+        from train.ray_watching import EndedForGood, Resized
 
+        members = unit.gang.members
         while True:
             # Ray Train's list of checkpoints; what is on the disk counts, and that need not agree after a crash.
             (unit.gang.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
             try:
-                _trainer(unit, workspace, self._address).fit()
+                _trainer(unit, workspace, members, self._address).fit()
             except TrainingFailedError as error:
+                resized = getattr(error, "controller_failure", None)
+                if isinstance(resized, Resized):
+                    members = resized.members
+                    continue
                 _log.warning("%s: the members of %s failed", self._name, unit.label, exc_info=True)
                 if unit.failure(workspace).exists():
                     return
@@ -177,7 +182,7 @@ def _lost(unit: GangUnit[Any], workspace: Path, end: EndedForGood) -> WorkerLost
     )
 
 
-def _trainer(unit: GangUnit[Any], workspace: Path, address: str | None) -> TorchTrainer:
+def _trainer(unit: GangUnit[Any], workspace: Path, members: int, address: str | None) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -190,7 +195,7 @@ def _trainer(unit: GangUnit[Any], workspace: Path, address: str | None) -> Torch
         train_loop_config={"unit": unit, "workspace": workspace},
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=gang.members,
+            num_workers=members,
             use_gpu=gang.gpus > 0,
             resources_per_worker=resources,
             placement_strategy="SPREAD" if gang.spread and address is None else "PACK",
@@ -200,7 +205,7 @@ def _trainer(unit: GangUnit[Any], workspace: Path, address: str | None) -> Torch
             storage_path=str(gang.checkpoints.parent),
             # How often they begin anew is the callbacks' matter, and which checkpoints are kept the reporter's.
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[MemberWatcher(unit, workspace), RoomWatcher(unit, workspace)],
+            callbacks=[MemberWatcher(unit, workspace), RoomWatcher(unit, workspace, members, address)],
             worker_runtime_env={"env_vars": _environment(gang)},
         ),
     )

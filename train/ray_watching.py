@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import (
     RayTrainError,
@@ -20,15 +21,19 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
 )
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, _is_preempted_actor
 
 from aidocks.errors import InvalidSpec
 from aidocks.plan import GangUnit
 from aidocks.training.checkpoints import newest_checkpoint
-from cluster.gang import count_failure, describe_member, require_room, say
+from cluster.gang import count_failure, describe_member, largest_size, require_room, say
+from cluster.room import Node, count
+from train.one_node import on_node
 
 #: How often those who wait for room are heard of.
 SAY_EVERY_S = 600.0
+#: For how long all members wait for others that use the cluster, before fewer begin where that is allowed.
+FEWER_AFTER_S = 60.0
 
 
 class EndedForGood(Exception):
@@ -87,20 +92,40 @@ class MemberWatcher(UserCallback):
         say(unit, f"Processes of the training have failed ({what}). It goes on {whence}.")
 
 
+class Resized(Exception):
+    """Raised in a callback, it ends this run of Ray Train, for one with another number of members.
+
+    Args:
+        members: How many there are to be.
+    """
+
+    def __init__(self, members: int) -> None:
+        super().__init__(members)
+        self.members = members
+
+
 class RoomWatcher(WorkerGroupCallback):
     """Tells of members that wait for room, which they do as long as the cluster would have it if nothing else ran.
+
+    Where fewer of them can do, as many begin as there is room for, and more when there is room again.
 
     Args:
         unit: What they run.
         workspace: The job's.
+        members: How many are to be started.
+        address: Of the node on which all of them have to be; None: on any.
     """
 
-    def __init__(self, unit: GangUnit[Any], workspace: Path) -> None:
+    def __init__(self, unit: GangUnit[Any], workspace: Path, members: int, address: str | None) -> None:
         self._unit = unit
         self._workspace = workspace
+        self._members = members
+        self._resource = None if address is None else next(iter(on_node(address)))
         self._starter = os.getpid()
         self._said = ("", 0.0)
+        self._waits_since: float | None = None
         self._lost_since: float | None = None
+        self._newest: Path | None = None
 
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:
@@ -116,11 +141,43 @@ class RoomWatcher(WorkerGroupCallback):
             count_or_end(self._unit, self._workspace, what)
             say(self._unit, f"{what} It is tried again.")
             raise
-        self._said, self._lost_since = ("", 0.0), None
+        self._said, self._waits_since, self._lost_since = ("", 0.0), None, None
+        self._newest = newest_checkpoint(self._unit.gang.checkpoints)
+
+    def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
+        """Let more members begin when a checkpoint has just been written, so that nothing is done twice."""
+        gang = self._unit.gang
+        if self._members == gang.members or worker_group_status.errors:
+            return
+        newest = newest_checkpoint(gang.checkpoints)
+        if newest == self._newest:
+            return
+        self._newest = newest
+        self._resize(largest_size(gang, self._free(), self._members), least=self._members + 1)
+
+    def _resize(self, members: int, least: int = 1) -> None:
+        """Have other numbers of members begin, unless it is the same or below ``least``."""
+        if members < least or members == self._members:
+            return
+        text = f"There is room for {members} of {self._unit.gang.members} workers: the training goes on with these."
+        say(self._unit, text)
+        raise Resized(members)
+
+    def _free(self) -> list[Node]:
+        """Return what nobody uses of each node, by Ray's names of resources."""
+        return self._allowed(available_resources_per_node().values())
+
+    def _allowed(self, nodes: Iterable[Node]) -> list[Node]:
+        return [node for node in nodes if self._resource is None or self._resource in node]
 
     def _wait(self, begin: float) -> None:
         gang = self._unit.gang
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = self._allowed(node["Resources"] for node in ray.nodes() if node["Alive"])
+        if gang.fewer:
+            self._waits_since = self._waits_since or begin
+            gone = largest_size(gang, nodes) < self._members
+            if gone or time.monotonic() - self._waits_since >= FEWER_AFTER_S:
+                self._resize(largest_size(gang, self._free()))
         try:
             require_room(gang, nodes)
         except InvalidSpec as error:
@@ -133,7 +190,7 @@ class RoomWatcher(WorkerGroupCallback):
         else:
             self._lost_since = None
             text = (
-                f"The training waits for room for {gang.members} workers of {describe_member(gang)} each: "
+                f"The training waits for room for {count(self._members, 'worker')} of {describe_member(gang)} each: "
                 "others are using the cluster."
             )
         said, when = self._said

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from aidocks.checkpoints.space import FULL
 from aidocks.errors import AIDocksError, InsufficientDisk, LeaseLost, TimedOut
 from aidocks.executor import Claim
+from aidocks.jobs.database import STORE_ERRORS
 from aidocks.jobs.model import EventType, Job, Status
 from aidocks.jobs.observer import Unobserved
 from aidocks.jobs.resume import FIELD as RESUMES
@@ -87,7 +87,7 @@ async def _run_to_end(run: _JobRun, job: Job) -> Job:
         result = (await run.to_result()).model_dump(mode="json")
     except _Cancelled:
         return await run.end(Status.CANCELLED)
-    except (LeaseLost, OperationalError, InterfaceError):
+    except (LeaseLost, *STORE_ERRORS):
         raise
     except Hopeless as hopeless:
         return await run.fail(hopeless.error)

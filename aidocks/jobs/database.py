@@ -32,10 +32,13 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.schema import CreateColumn
 
-from aidocks.errors import Conflict
+from aidocks.errors import Conflict, ServiceUnreachable
 
+#: What says that the job store is away, locked, or has no room. It passes, and says nothing of any job.
+STORE_ERRORS = (OperationalError, InterfaceError)
 SCHEMA_VERSION = 2
 BUSY_TIMEOUT_MS = 30_000
 
@@ -283,3 +286,8 @@ def _switch_to_wal(connection: Any) -> None:
             time.sleep(0.05)
         else:
             return
+
+
+def store_away() -> ServiceUnreachable:
+    """Return what whoever asks is told of :data:`STORE_ERRORS`: not what the store is made of."""
+    return ServiceUnreachable("The job store does not answer.", hint="Try again in a moment.")

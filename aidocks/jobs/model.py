@@ -38,6 +38,8 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
 
 #: Who executes a job: the running service, or the process that submitted it (``--local``).
 Place = Literal["service", "local"]
+#: Place of the jobs of the service; whose lease its supervisor holds.
+SERVICE: Place = "service"
 
 
 class Progress(BaseModel):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from aidocks.errors import InvalidSpec
 from aidocks.specs.train_data import Role
-from aidocks.specs.train_hyper import batches
+from aidocks.specs.train_hyper import batches, fewer_workers
 from aidocks.training.methods import UNSLOTH_ADAPTERS, UNSLOTH_METHODS, require_loss
 from aidocks.training.run import LOW_RANK, ONLINE_METHODS, WHOLE, Method
 
@@ -41,6 +41,7 @@ def check(spec: LLMTrainSpec) -> None:
     _check_data(spec)
     _check_batches(spec)
     _check_engine(spec)
+    _check_least(spec)
 
 
 def _refuse(spec: LLMTrainSpec, field: str, message: str, hint: str | None = None) -> None:
@@ -185,6 +186,29 @@ def _check_engine(spec: LLMTrainSpec) -> None:
     if spec.adapter not in UNSLOTH_ADAPTERS:
         _refuse(
             spec, "backend", f"unsloth does not know the adapter {spec.adapter!r}.", "Use 'trl' or 'auto'."
+        )
+
+
+def _check_least(spec: LLMTrainSpec) -> None:
+    if spec.min_workers is None or spec.min_workers == spec.workers:
+        return
+    if spec.min_workers > spec.workers:
+        _refuse(spec, "min_workers", f"There are {spec.workers} workers.", f"At most {spec.workers}.")
+    if spec.deepspeed.stage not in ("auto", "off"):
+        _refuse(
+            spec,
+            "min_workers",
+            "What DeepSpeed's workers have divided among them can be gone on from by as many alone.",
+            "Use `deepspeed: off`, or leave `min_workers` out.",
+        )
+    if not fewer_workers(spec):
+        passes = batches(spec)[1] * spec.workers
+        _refuse(
+            spec,
+            "min_workers",
+            f"A step has {passes} forward passes, which no number of workers from {spec.min_workers} to "
+            f"{spec.workers - 1} divides.",
+            "Choose `gradient_accumulation_steps` so that one does.",
         )
 
 

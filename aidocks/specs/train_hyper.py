@@ -70,6 +70,17 @@ def batches(spec: LLMTrainSpec) -> tuple[int, int]:
     return per_device, accumulated
 
 
+def fewer_workers(spec: LLMTrainSpec) -> tuple[int, ...]:
+    """Return the numbers of workers, below all, on which a training may go on; the most first.
+
+    They do the same steps: each makes up for those that are missing by more forward passes, so the number must divide
+    those of a step.
+    """
+    passes = batches(spec)[1] * spec.workers
+    least = spec.min_workers or spec.workers
+    return tuple(count for count in range(spec.workers - 1, least - 1, -1) if passes % count == 0)
+
+
 def _completed(factor: int, group: int, aim: int) -> int:
     """Return the least number that makes of ``factor`` a multiple of ``group`` that is not below ``aim``."""
     unit = group // math.gcd(group, factor)

@@ -239,6 +239,14 @@ class LLMTrainSpec(TrainSpec):
     backend: Literal["auto", "trl", "unsloth"] = Field(
         "auto", description="`unsloth` needs a CUDA GPU and the extra `gpu`; `auto` takes it where it can."
     )
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="With so few the training goes on while the cluster has no room for all `workers`, each step the "
+        "same. Default: it waits for all of them.",
+        examples=[1],
+    )
     samples: int = Field(4, ge=0, le=64, description="Held-out prompts that both answer, for people to read.")
 
     @model_validator(mode="before")

@@ -8,7 +8,7 @@ from pathlib import Path
 from aidocks.checkpoints.writer import parse_size
 from aidocks.errors import InvalidSpec
 from aidocks.evaluate.comparison import shown
-from aidocks.specs.train_hyper import batches, steps
+from aidocks.specs.train_hyper import batches, fewer_workers, steps
 from aidocks.specs.train_llm import LLMTrainSpec
 from aidocks.specs.train_llm_result import TrainEstimate
 from aidocks.training.device import TrainingDevice, require_optimizer
@@ -50,6 +50,7 @@ class TrainingBuild:
             self._rows, gpus=found.device.cuda, longest=request.longest
         )
         self.fit: Fit = choose(self._setup(), spec.deepspeed, self.workers.available)
+        _require_whole_state(spec, self.fit)
         if request.resumed is not None:
             require_same(request.resumed, self.identity)
             require_steps_left(request.resumed, self.hyper.max_steps)
@@ -132,7 +133,7 @@ class TrainingBuild:
     @property
     def unit(self) -> TrainModel:
         """The unit that trains."""
-        return self.workers.unit(self._training())
+        return self.workers.unit(self._training(), fewer_workers(self.request.spec))
 
     def subject(self, moment: str) -> Subject:
         """Return the model that is measured before or after the training."""
@@ -165,6 +166,7 @@ class TrainingBuild:
             deepspeed=deepspeed_config(self.fit.setup, spec.deepspeed),
             max_shard_bytes=parse_size(spec.max_shard_size),
             report_to=tuple(name for name in spec.report_to if name != "tensorboard"),
+            workers=spec.workers,
             max_failures=spec.max_failures,
             resume=resumed.path if resumed else None,
             checkpoints=context.checkpoints_dir,
@@ -184,6 +186,17 @@ class TrainingBuild:
             members=self.request.spec.workers,
             cuda=self.found.device.cuda,
             longest=self.found.data.summary.lengths.longest,
+        )
+
+
+def _require_whole_state(spec: LLMTrainSpec, fit: Fit) -> None:
+    """Refuse fewer workers where DeepSpeed has to divide the training's state among all of them."""
+    if fit.setup.stage is not None and fewer_workers(spec):
+        raise InvalidSpec(
+            "It fits its workers only with DeepSpeed, whose checkpoints as many workers alone can go on from.",
+            field="min_workers",
+            value=spec.min_workers,
+            hint="Leave `min_workers` out, or use workers with more memory and `deepspeed: off`.",
         )
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from aidocks.errors import InvalidSpec
+
 Method = Literal["sft", "pretrain", "dpo", "orpo", "kto", "reward", "grpo", "rloo"]
 AdapterKind = Literal["lora", "qlora", "dora", "prompt_tuning", "prefix_tuning", "full", "layers"]
 Backend = Literal["trl", "unsloth", "sentence-transformers"]
@@ -147,6 +149,12 @@ class Training(_Part):
     )
     deepspeed: dict[str, Any] | None = Field(None, description="DeepSpeed's configuration; None: without it.")
     report_to: tuple[str, ...] = Field((), description="Trackers beside TensorBoard: mlflow, wandb.")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Processes for which the steps are planned; fewer make up for the others by more forward passes. "
+        "None: as many as there are.",
+    )
     max_failures: int = Field(
         3, ge=0, description="How often the training may begin anew from its checkpoint."
     )
@@ -171,6 +179,22 @@ class Training(_Part):
     def zero_stage(self) -> int:
         """DeepSpeed's stage; 0 also without DeepSpeed."""
         return int(((self.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
+
+    def passes(self, world_size: int) -> int:
+        """Return the forward passes of a step of each process, where there are so many.
+
+        Raises:
+            InvalidSpec: The passes of a step cannot be divided among them.
+        """
+        passes = self.hyper.gradient_accumulation_steps * (self.workers or world_size)
+        if passes % world_size:
+            raise InvalidSpec(
+                f"A step of {passes} forward passes cannot be divided among {world_size} processes.",
+                field="workers",
+                value=world_size,
+                hint=f"It was planned for {self.workers}.",
+            )
+        return passes // world_size
 
     @property
     def measures_loss(self) -> bool:

@@ -34,6 +34,7 @@ class TrainModel(GangUnit[TrainedFiles]):
 
     training: AnyTraining
     members: int = Field(1, ge=1)
+    fewer: tuple[int, ...] = ()
     cpus_per_member: float = 1.0
     gpus_per_member: float = 0.0
     memory_per_member: int | None = None
@@ -53,6 +54,7 @@ class TrainModel(GangUnit[TrainedFiles]):
             memory=self.memory_per_member,
             spread=self.spread,
             max_failures=self.training.max_failures,
+            fewer=self.fewer,
         )
 
     @property

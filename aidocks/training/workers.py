@@ -35,11 +35,17 @@ class Workers:
         """Bytes that each of them may plan with."""
         return available_bytes(self._device, self._spec.workers, self.reserved, self._spec.spread_over_nodes)
 
-    def unit(self, training: AnyTraining) -> TrainModel:
-        """Return the unit by which they train."""
+    def unit(self, training: AnyTraining, fewer: tuple[int, ...] = ()) -> TrainModel:
+        """Return the unit by which they train.
+
+        Args:
+            training: What they train.
+            fewer: Numbers of workers that can go on from the same checkpoints.
+        """
         return TrainModel(
             training=training,
             members=self._spec.workers,
+            fewer=fewer,
             cpus_per_member=self.cpus,
             gpus_per_member=self.gpus,
             memory_per_member=self.reserved,

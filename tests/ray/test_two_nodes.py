@@ -47,3 +47,28 @@ def test_a_gang_outlives_a_node_or_says_that_it_cannot(
     assert ended.result["total"] == 6 * 3
     assert ended.result["begun_at"] == [2, 4], "at most one interval between checkpoints is repeated"
     assert {member["node"] for member in members(job.traces)[2:]} == {"127.0.0.1"}
+
+
+def test_a_gang_goes_on_with_fewer_and_grows_again(
+    begin: Callable[..., GangJob], two_nodes: SecondNode
+) -> None:
+    two_nodes.start()
+    # Of these there is room for one on either node.
+    job = begin(steps=8, waits_after=3, until_more=4, cpus=3, fewer=(1,))
+    job.wait_inside()
+    two_nodes.kill()
+    (job.traces / "waiting").unlink()
+    job.wait_inside()
+    two_nodes.start()
+    (job.traces / "go").touch()
+    ended = job.ended()
+    assert ended.status is Status.SUCCEEDED, ended.error
+    assert ended.result is not None
+    assert ended.result["begun_at"] == [0, 2, 4]
+    assert ended.result["total"] == 2 * 3 + 2 * 1 + 4 * 3
+    told = [said.data["text"] for said in job.events(EventType.MESSAGE)]
+    sizes = [text for text in told if text.startswith("There is room for")]
+    assert [text.split(" workers")[0] for text in sizes] == [
+        "There is room for 1 of 2",
+        "There is room for 2 of 2",
+    ]

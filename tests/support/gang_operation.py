@@ -32,6 +32,7 @@ class GangSpec(Spec):
 
     traces: Path
     members: int = 2
+    fewer: tuple[int, ...] = ()
     cpus: float = 1.0
     spread: bool = False
     steps: int = 4
@@ -39,6 +40,8 @@ class GangSpec(Spec):
     fails_at: int | None = None
     #: Step after which the members wait until there is a file ``go`` in ``traces``.
     waits_after: int | None = None
+    #: Step after which members that are too few wait until others begin in their place.
+    until_more: int | None = None
     max_failures: int = 2
     patience_s: float = 300.0
     resume: Path | None = None
@@ -77,6 +80,7 @@ class AddUp(GangUnit[Total]):
             spread=self.spec.spread,
             max_failures=self.spec.max_failures,
             patience_s=self.spec.patience_s,
+            fewer=self.spec.fewer,
         )
 
     @property
@@ -144,9 +148,10 @@ def add_up(unit: AddUp) -> None:
     begin, total = 0, 0
     last = reporter.last_checkpoint()
     if last is not None:
-        # Every member finds its own part, and that of the others.
-        parts = [json.loads((last / f"part-{rank}.json").read_text()) for rank in range(spec.members)]
-        begin, total = parts[reporter.rank]["step"], parts[reporter.rank]["total"]
+        # Every member finds its own part, and that of the others; one that was not there takes the first one's.
+        parts = [json.loads(path.read_text()) for path in sorted(last.glob("part-*.json"))]
+        part = parts[reporter.rank if reporter.rank < len(parts) else 0]
+        begin, total = part["step"], part["total"]
     trace: dict[str, Any] = {
         "rank": reporter.rank,
         "pid": os.getpid(),
@@ -175,6 +180,8 @@ def add_up(unit: AddUp) -> None:
             if reporter.rank == 0:
                 (spec.traces / "waiting").touch()
             _until((spec.traces / "go").exists)
+        if step == spec.until_more and reporter.world_size < spec.members:
+            _until(lambda: False)
     if reporter.rank == 0:
         reporter.tell(Told(kind="message", text="added up"))
         begun_at = [member["begin"] for member in members(spec.traces) if member["rank"] == 0]

@@ -33,6 +33,8 @@ from tests.support.namespaces import Network, enter, has_namespaces
 from tests.support.second_node import SecondNode
 
 START_S = 120.0
+#: How often a node may be begun.
+STARTS = 3
 #: What `ray start` says when the cluster knows the node.
 STARTED = "Ray runtime started"
 #: What every node does before it becomes a node: files of its own in the places where two nodes would quarrel.
@@ -57,6 +59,10 @@ class Node:
     @property
     def is_head(self) -> bool:
         return self.number == 1
+
+
+class NodeEnded(Exception):
+    """A node died in its start."""
 
 
 class Nodes:
@@ -107,7 +113,17 @@ class Nodes:
             self.add()
 
     def add(self) -> Node:
-        """Start one more node, and wait until the cluster counts it."""
+        """Start one more node, and wait until the cluster counts it; begun again if it dies in its start.
+
+        A raylet ends itself where its agents do not come up within 15 s, as on a machine that is very busy. Whoever
+        brings machines starts another then.
+        """
+        for _ in range(STARTS - 1):
+            with suppress(NodeEnded):
+                return self._add()
+        return self._add()
+
+    def _add(self) -> Node:
         self._last += 1
         number = self._last
         if self._network is None:
@@ -120,7 +136,9 @@ class Nodes:
             process = self._join(number, address)
             log = self._log(number)
             _until(lambda: process.poll() is not None or STARTED in log.read_text(), f"node {number}")
-            assert process.poll() is None, f"node {number} has ended; see {log}"
+            if process.poll() is not None:
+                self._network.drop(number)
+                raise NodeEnded(f"node {number} has ended; see {log}")
         node = Node(number, address, process)
         self.nodes.append(node)
         return node

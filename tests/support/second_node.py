@@ -58,7 +58,9 @@ class SecondNode:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until the cluster counts one node more."""
+        """Start it, unless it runs, and wait until the cluster counts one node more."""
+        if self._process is not None and self._process.poll() is None:
+            return
         before = self._alive()
         instance = read_instance(self._settings)
         assert instance is not None

@@ -47,7 +47,7 @@ def build(request: Request) -> transformers.Trainer:
 
 def _configure(request: Request, weights: list[float]) -> Any:
     training, hyper, world = request.training, request.training.hyper, request.place.world_size
-    batch = hyper.per_device_train_batch_size * hyper.gradient_accumulation_steps * world
+    batch = hyper.per_device_train_batch_size * training.passes(world) * world
     if batch % hyper.num_generations:
         raise InvalidSpec(
             f"The {batch} answers of a step cannot be divided among prompts of {hyper.num_generations} answers each.",

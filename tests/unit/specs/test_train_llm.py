@@ -15,7 +15,7 @@ from aidocks.errors import InvalidSpec
 from aidocks.specs.aliases import names_of
 from aidocks.specs.read import build_spec
 from aidocks.specs.train_data import held_out_count
-from aidocks.specs.train_hyper import GLOBAL_BATCH, batches, learning_rate, steps
+from aidocks.specs.train_hyper import GLOBAL_BATCH, batches, fewer_workers, learning_rate, steps
 from aidocks.specs.train_llm import LLMTrainSpec
 from aidocks.specs.train_settings import ScannedLayers
 from aidocks.training.run import ONLINE_METHODS, AdapterKind, Method
@@ -205,6 +205,9 @@ def test_low_rank_factors_learn_faster_than_whole_weights() -> None:
         ({"backend": "unsloth", "workers": 2}, "workers"),
         ({"backend": "unsloth", "adapter": "dora"}, "backend"),
         ({"backend": "unsloth", "deepspeed": 3}, "deepspeed"),
+        ({"workers": 2, "min_workers": 3}, "min_workers"),
+        ({"workers": 2, "min_workers": 1, "deepspeed": 2}, "min_workers"),
+        ({"workers": 3, "min_workers": 2, "gradient_accumulation_steps": 1}, "min_workers"),
         ({"eval_dataset": "held.jsonl", "eval_split": 0.1}, "eval_split"),
         ({"eval_split": 1.0}, "eval_split"),
         ({"eval_split": 1.5}, "eval_split"),
@@ -303,6 +306,20 @@ def test_batches_are_whole(
     if per_device is None and accumulated is None and method not in (*ONLINE_METHODS, "kto"):
         assert passes * more * workers >= GLOBAL_BATCH or workers > GLOBAL_BATCH
         assert passes * more * workers < GLOBAL_BATCH + 4 * workers
+
+
+@pytest.mark.parametrize(
+    ("fields", "counts"),
+    [
+        ({"workers": 4}, ()),
+        ({"workers": 4, "min_workers": 4}, ()),
+        ({"workers": 4, "min_workers": 1, "gradient_accumulation_steps": 1}, (2, 1)),
+        ({"workers": 4, "min_workers": 2, "gradient_accumulation_steps": 3}, (3, 2)),
+        ({"workers": 8, "min_workers": 3, "gradient_accumulation_steps": 1}, (4,)),
+    ],
+)
+def test_fewer_workers_divide_a_step(fields: dict[str, Any], counts: tuple[int, ...]) -> None:
+    assert fewer_workers(spec_of(**fields)) == counts
 
 
 @hypothesis_settings(max_examples=80, deadline=None)

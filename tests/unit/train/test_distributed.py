@@ -133,6 +133,38 @@ def test_two_processes_have_the_curve_of_one(
     assert curve(alone) == pytest.approx(curve(trained["lora-ddp"]), rel=1e-3)
 
 
+def test_fewer_go_on_with_the_same_steps(
+    trained: dict[str, LLMTraining], tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.loop import run
+    from train.reporter import LocalReporter
+
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1" if name == "OMP_NUM_THREADS" else "0")
+    of_two = trained["lora-ddp"]
+    alone = small_training(
+        tmp_path / "alone",
+        stories260k,
+        per_device_train_batch_size=2,
+        max_steps=6,
+        save_steps=5,
+        workers=2,
+        resume=of_two.checkpoints / checkpoint_name(5),
+    )
+    run(alone, LocalReporter(alone))
+    outcome = read_outcome(alone.story.parent)
+    assert (outcome.world_size, outcome.resumed_from) == (1, 5)
+    assert curve(alone) == pytest.approx(curve(of_two), rel=1e-5)
+    assert "with the forward passes of 2" in alone.story.read_text()
+
+
+def test_what_cannot_be_divided_among_processes_is_refused(tmp_path: Path, stories260k: Path) -> None:
+    training = small_training(tmp_path / "three", stories260k, workers=3)
+    assert [training.passes(size) for size in (1, 3)] == [3, 1]
+    with pytest.raises(InvalidSpec, match="A step of 3 forward passes cannot be divided among 2 processes"):
+        training.passes(2)
+
+
 def test_deepspeed_that_was_silently_left_out_is_an_error() -> None:
     trainer = SimpleNamespace(model_wrapped=object(), args=SimpleNamespace(world_size=2))
     with pytest.raises(RuntimeError, match="DeepSpeed was configured, but the model is trained by object"):

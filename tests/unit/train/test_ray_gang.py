@@ -7,12 +7,13 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from aidocks.errors import WorkerLost
-from aidocks.plan import PlanContext
+from aidocks.errors import InvalidSpec, WorkerLost
+from aidocks.plan import Gang, PlanContext
 from aidocks.telling import StoryReader
 from cluster import gang as gangs
 from tests.support.gang_operation import AddUp, GangSpec, make_training
@@ -52,6 +53,106 @@ def killed(preempted: bool = False) -> Exception:
     return WorkerHealthCheckFailedError("A worker health check failed.", failure=death)
 
 
+NODE = {"CPU": 2.0, "node:10.0.0.1": 1.0}
+OTHER = {"CPU": 3.0, "node:10.0.0.2": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "running", "size"),
+    [
+        ([NODE, OTHER], 0, 4),
+        ([NODE], 0, 2),
+        ([{"CPU": 1.9}], 0, 1),
+        ([{"CPU": 0.5}, {"CPU": 0.5}], 0, 0),
+        ([{"CPU": 1.0}], 2, 2),
+        ([NODE], 2, 4),
+        ([], 1, 1),
+    ],
+)
+def test_the_largest_size_that_there_is_room_for(
+    nodes: list[dict[str, float]], running: int, size: int
+) -> None:
+    gang = Gang(members=4, checkpoints=Path("none"), fewer=(2, 1))
+    assert gangs.largest_size(gang, nodes, running) == size
+
+
+def test_not_even_the_fewest_is_refused() -> None:
+    gang = Gang(members=4, checkpoints=Path("none"), fewer=(3,))
+    gangs.require_room(gang, [NODE, {"CPU": 1.0}])
+    with pytest.raises(InvalidSpec, match="room for 2 workers of 1 CPU each, on 1 node") as caught:
+        gangs.require_room(gang, [NODE])
+    assert (caught.value.field, caught.value.value) == ("min_workers", 3)
+
+
+@pytest.fixture
+def room(unit: AddUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Make a watcher of a gang of four, or two, or one, where some cores of a cluster are free."""
+
+    def make(members: int, *, of: float, free: float, address: str | None = None) -> Any:
+        elastic = unit.model_copy(
+            update={"spec": unit.spec.model_copy(update={"members": 4, "fewer": (2, 1)})}
+        )
+        alive = {"Alive": True, "Resources": {"CPU": of, "node:10.0.0.1": 1.0}}
+        unused = {"a": {"CPU": free, "node:10.0.0.1": 1.0}}
+        monkeypatch.setattr(watching.ray, "nodes", lambda: [alive])
+        monkeypatch.setattr(watching, "available_resources_per_node", lambda: unused)
+        return watching.RoomWatcher(elastic, tmp_path / "workspace", members, address)
+
+    return make
+
+
+def wait_in_vain(watcher: Any) -> None:
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    with watcher.on_worker_group_start():
+        raise WorkerGroupStartupTimeoutError(4)
+
+
+def test_fewer_begin_when_a_part_of_the_cluster_is_gone(room: Callable[..., Any]) -> None:
+    with pytest.raises(watching.Resized) as caught:
+        wait_in_vain(room(4, of=3, free=3))
+    assert caught.value.members == 2
+
+
+def test_fewer_begin_when_others_have_used_the_cluster_for_long(
+    room: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, unit: AddUp
+) -> None:
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    watcher = room(4, of=8, free=1)
+    with pytest.raises(WorkerGroupStartupTimeoutError):
+        wait_in_vain(watcher)
+    assert "waits for room for 4 workers" in StoryReader(unit.story).read()[-1].text
+    monkeypatch.setattr(watching, "FEWER_AFTER_S", 0.0)
+    with pytest.raises(watching.Resized) as caught:
+        wait_in_vain(watcher)
+    assert caught.value.members == 1
+
+
+def test_where_there_is_no_room_for_one_all_wait(room: Callable[..., Any]) -> None:
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    for watcher in (room(4, of=2, free=0), room(4, of=4, free=4, address="10.0.0.2")):
+        with pytest.raises(WorkerGroupStartupTimeoutError):
+            wait_in_vain(watcher)
+
+
+def test_more_begin_when_a_checkpoint_was_written(room: Callable[..., Any], tmp_path: Path) -> None:
+    status = SimpleNamespace(errors={})
+    watcher = room(2, of=8, free=1)
+    with watcher.on_worker_group_start():
+        pass
+    watcher.after_worker_group_poll_status(status)
+    (tmp_path / "checkpoints" / "checkpoint-00000002").mkdir(parents=True)
+    watcher.after_worker_group_poll_status(status)  # with one core there are three, which is no size of it
+    room(2, of=8, free=2)
+    watcher.after_worker_group_poll_status(status)  # has looked at this checkpoint before
+    (tmp_path / "checkpoints" / "checkpoint-00000004").mkdir()
+    with pytest.raises(watching.Resized) as caught:
+        watcher.after_worker_group_poll_status(status)
+    assert caught.value.members == 4
+
+
 def test_a_death_is_told_and_no_reason_to_stop(
     fail: Callable[..., None], unit: AddUp, tmp_path: Path
 ) -> None:
@@ -85,7 +186,7 @@ def test_all_failures_count_together_whoever_saw_them(
 def test_members_that_cannot_be_started_are_a_failure(unit: AddUp, tmp_path: Path) -> None:
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
-    room = watching.RoomWatcher(unit, tmp_path / "workspace")
+    room = watching.RoomWatcher(unit, tmp_path / "workspace", 2, None)
 
     def start() -> None:
         with room.on_worker_group_start():
@@ -107,7 +208,7 @@ def test_those_who_wait_for_room_say_so_once_and_not_for_ever(
     monkeypatch.setattr(watching.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpus}}])
     now = 0.0
     monkeypatch.setattr(watching.time, "monotonic", lambda: now)
-    room = watching.RoomWatcher(unit, tmp_path / "workspace")
+    room = watching.RoomWatcher(unit, tmp_path / "workspace", 2, None)
 
     def wait(seconds: float) -> None:
         nonlocal now

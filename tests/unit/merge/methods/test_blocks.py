@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -220,6 +220,16 @@ class Counted:
         return torch.full((end - begin, self.shape[-1]), 0.5)
 
 
+@pytest.fixture
+def few_objects() -> Iterator[None]:
+    """What other tests have left is not looked at again and again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("shape", [(800, 64), (100, 8, 64)])
 def test_vectors_along_the_first_axis_are_added_up_and_not_kept(shape: tuple[int, ...]) -> None:
     rows = Counted(*shape), Counted(*shape)
