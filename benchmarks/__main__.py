@@ -48,6 +48,7 @@ NAMES = (
     "train_ray",
     "train_scaling",
     "train_speed",
+    "train_backends",
     "train_embedding",
     "train_reranker",
     "train_retrieval_scaling",

@@ -36,6 +36,7 @@ def run() -> list[Comparison]:
             *_beside_cp(config, scratch, "cold", fresh=True),
             *_beside_cp(config, scratch, "cold", fresh=False),
             *_beside_cp(config, scratch, "warm", fresh=False),
+            _memory(config, scratch),
         ]
         if os.environ.get("AIDOCKS_BENCH_BIG_PEER"):
             results += _beside_peer(config, scratch)
@@ -53,12 +54,23 @@ def _beside_cp(config: Path, scratch: Path, cache: str, *, fresh: bool) -> list[
     ]
     name = f"SLERP of 3.8 GB, {cache} files, hashes {'unknown' if fresh else 'known'}"
     facts: Facts = {
-        "peak MB": round(max(usage.peak_mb for usage, _ in pairs)),
+        "peak MB of one process": round(max(usage.peak_mb for usage, _ in pairs)),
         "CPU s": round(max(usage.cpu_seconds for usage, _ in pairs)),
-        "must reach": "ratio 1.67 to cp of the same bytes, 600 MB",
+        "must reach": "ratio 1.67 to cp of the same bytes",
     }
     ours = tuple(usage.seconds for usage, _ in pairs)
     return [Comparison(name, ours, tuple(cp.seconds for _, cp in pairs), "cp and sync", facts=facts)]
+
+
+def _memory(config: Path, scratch: Path) -> Comparison:
+    """Measure what all processes have together, in a run of its own; mapped pages of the sources count."""
+    usage = _ready(scratch, "warm", lambda: run_ours(config, scratch / "home", together=True))
+    return Comparison(
+        "SLERP of 3.8 GB, peak memory of all processes",
+        (usage.peak_mb,),
+        unit="MB",
+        facts={"must reach": 600},
+    )
 
 
 def _copy(scratch: Path) -> Usage:

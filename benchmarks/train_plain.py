@@ -1,8 +1,8 @@
-"""The plain TRL script that ``train_ray`` is compared with: what one would write by hand for the same training.
+"""The plain script that ours is compared with: what one would write by hand for the same training, with TRL or unsloth.
 
 ``python -m benchmarks.train_plain settings.json said.json`` writes the seconds of the loop, and the losses. Of ours
-it takes the order of the rows and, where there is no GPU, the log-probabilities: without the latter TRL 1.15 needs
-Triton.
+it takes the order of the rows and, of TRL's where there is no GPU, the log-probabilities: without the latter TRL 1.15
+needs Triton.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from typing import Any
 
 def main() -> None:
     given: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    if given.get("unsloth"):
+        import unsloth  # noqa: F401 - before everything that it changes
     import datasets
     import torch
     import trl
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+    from transformers import AutoTokenizer, TrainerCallback, set_seed
 
+    from train.distributed import find_place
+    from train.memory import peak_bytes
     from train.sampling import GroupedByLength
-    from train.token_log_probs import install
 
-    install()
     begun: list[float] = []
     ended: list[float] = []
 
@@ -43,7 +44,7 @@ def main() -> None:
     lines = Path(given["rows"]).read_text(encoding="utf-8").splitlines()
     rows = datasets.Dataset.from_list([{"text": json.loads(line)["text"]} for line in lines])
     set_seed(given["seed"])
-    model = AutoModelForCausalLM.from_pretrained(given["base"], dtype=given["precision"])
+    model, adapter = _from_unsloth(given) if given.get("unsloth") else _from_transformers(given)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = trl.SFTTrainer(
             model=model,
@@ -67,9 +68,7 @@ def main() -> None:
             ),
             train_dataset=rows,
             processing_class=AutoTokenizer.from_pretrained(given["base"]),
-            peft_config=LoraConfig(
-                task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=given["target_modules"]
-            ),
+            peft_config=adapter,
             callbacks=[Clock()],
         )
         lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
@@ -77,8 +76,52 @@ def main() -> None:
         trainer._get_train_sampler = lambda dataset=None: sampler
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    said = {"begun": begun[0], "loop": ended[-1] - begun[0], "losses": losses}
+    place = find_place()
+    said = {
+        "begun": begun[0],
+        "ended": ended,
+        "loop": ended[-1] - begun[0],
+        "losses": losses,
+        "peak_bytes": peak_bytes(place),
+        "device": torch.cuda.get_device_name() if place.gpu else "cpu",
+    }
     Path(sys.argv[2]).write_text(json.dumps(said))
+
+
+def _from_transformers(given: dict[str, Any]) -> tuple[Any, Any]:
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    from train.token_log_probs import install
+
+    install()
+    model = AutoModelForCausalLM.from_pretrained(given["base"], dtype=given["precision"])
+    return model, LoraConfig(
+        task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=given["target_modules"]
+    )
+
+
+def _from_unsloth(given: dict[str, Any]) -> tuple[Any, None]:
+    import torch
+    import unsloth
+
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        model_name=given["base"],
+        max_seq_length=given["max_length"],
+        dtype=getattr(torch, given["precision"]),
+        load_in_4bit=False,
+    )
+    with_adapter = unsloth.FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0,
+        bias="none",
+        target_modules=given["target_modules"],
+        use_gradient_checkpointing=False,
+        random_state=given["seed"],
+    )
+    return with_adapter, None
 
 
 if __name__ == "__main__":

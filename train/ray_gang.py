@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 #: How often Ray Train looks at its workers: so long a dead one, and the end, can stay unnoticed.
 POLL_S = 0.5
 #: For how long it asks for room before it looks again whether the cluster has any.
-ROOM_S = 10.0
+ROOM_S = 5.0
 #: How long a member waits for the others in a collective operation.
 COLLECTIVE_TIMEOUT_S = 1800
 

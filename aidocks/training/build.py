@@ -166,7 +166,7 @@ class TrainingBuild:
             deepspeed=deepspeed_config(self.fit.setup, spec.deepspeed),
             max_shard_bytes=parse_size(spec.max_shard_size),
             report_to=tuple(name for name in spec.report_to if name != "tensorboard"),
-            workers=spec.workers,
+            workers=spec.workers if fewer_workers(spec) else None,
             max_failures=spec.max_failures,
             resume=resumed.path if resumed else None,
             checkpoints=context.checkpoints_dir,

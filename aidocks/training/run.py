@@ -152,8 +152,8 @@ class Training(_Part):
     workers: int | None = Field(
         None,
         ge=1,
-        description="Processes for which the steps are planned; fewer make up for the others by more forward passes. "
-        "None: as many as there are.",
+        description="Processes for which the steps are planned, where fewer may go on: these make up for the others by "
+        "more forward passes. None: as many as there are, each with its own.",
     )
     max_failures: int = Field(
         3, ge=0, description="How often the training may begin anew from its checkpoint."
