@@ -106,7 +106,7 @@ class Gang:
         gpus: GPUs of each.
         memory: Bytes of each; None where nothing is known.
         spread: Whether they shall be on as many nodes as there are, rather than on as few.
-        max_failures: How often they may begin anew from their last checkpoint after one of them has died.
+        max_failures: How often in a row they may begin anew from the same checkpoint after one of them has died.
         patience_s: How long they wait for room that a cluster has lost meanwhile.
         fewer: Smaller numbers of members that can go on from the same checkpoints; the largest first.
     """

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from aidocks.checkpoints.space import FULL
+
 
 class Told(BaseModel):
     """One line of a story.
@@ -62,10 +64,15 @@ class StoryReader:
                 self._offset = min(int(self._place.read_text()), story.stat().st_size)
 
     def keep_place(self) -> None:
-        """Have the next reader begin after what this one has read."""
+        """Have the next reader begin after what this one has read; on a full disk, where it would have begun."""
         aside = self._place.with_name(f".{self._place.name}")
-        aside.write_text(str(self._offset))
-        aside.replace(self._place)
+        try:
+            aside.write_text(str(self._offset))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+        else:
+            aside.replace(self._place)
 
     def read(self) -> list[Told]:
         """Return the lines since the last call."""

@@ -15,6 +15,7 @@ from aidocks.checkpoints.files import write_text
 from aidocks.errors import InvalidSpec, WorkerLost
 from aidocks.plan import Gang, GangUnit
 from aidocks.telling import Told, tell
+from aidocks.training.checkpoints import newest_checkpoint
 from cluster.room import Kind, Node, count, describe, places
 
 #: Import string of the actor that runs one; ``cluster`` is below ``train`` and must not import it.
@@ -72,12 +73,35 @@ def describe_member(gang: Gang) -> str:
     return describe(resources_of_a_member(gang))
 
 
-def count_failure(directory: Path) -> int:
-    """Note that a gang has failed; return how often it has by now, whoever saw it, in all attempts at the job."""
+def count_failure(gang: Gang, directory: Path) -> int:
+    """Note that a gang has failed; return how often it has in a row, whoever saw it, in all attempts at the job.
+
+    Whoever has written another checkpoint since the last time has come further, and is counted anew.
+    """
     path = directory / "failures"
-    failures = 1 + (int(path.read_text()) if path.exists() else 0)
-    write_text(path, str(failures))
+    newest = newest_checkpoint(gang.checkpoints)
+    reached = newest.name if newest is not None else "-"
+    before, _, then = path.read_text().partition(" ") if path.exists() else ("0", "", reached)
+    failures = 1 + (int(before) if then == reached else 0)
+    write_text(path, f"{failures} {reached}")
     return failures
+
+
+def given_up(unit: GangUnit[Any], what: str, failures: int = 1, value: str | None = None) -> WorkerLost:
+    """Return why a gang is not begun anew.
+
+    Args:
+        unit: What it ran.
+        what: It died of, in sentences.
+        failures: How often it has died in a row.
+        value: End of the log that may say more.
+    """
+    times = f" That was failure {failures} in a row." if failures > 1 else ""
+    return WorkerLost(
+        f"{unit.label} was given up. {what[:1000]}{times}",
+        value=value,
+        hint="Its checkpoints are kept, if it came that far: the job can be resumed.",
+    )
 
 
 def remove_orphaned_placements() -> int:
@@ -85,20 +109,35 @@ def remove_orphaned_placements() -> int:
 
     A controller reserves the members' resources in a placement group, which outlives it. Ray Train's own cleaner does
     not hear of one whose members were not up yet when the controller was killed. Who made which group is in the
-    cluster's table, but in no public function.
+    cluster's table, but in no public function. A group that was asked for in the moment of the controller's death is
+    noted there after that death, and so not as that of a dead one: hence the look at the controller itself.
     """
     import ray
     from ray._private.state import state
     from ray._raylet import PlacementGroupID
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_pb2 import (  # type: ignore[attr-defined]
+        ActorTableData,
+        PlacementGroupTableData,
+    )
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     job_id = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    cluster = state._connect_and_get_accessor()
+
+    def is_dead(actor_id: bytes) -> bool:
+        known = cluster.get_actor_info(ray.ActorID(actor_id))
+        return known is None or ActorTableData.FromString(known).state == ActorTableData.DEAD
+
     removed = 0
-    for row in state._connect_and_get_accessor().get_placement_group_table():
+    for row in cluster.get_placement_group_table():
         group = PlacementGroupTableData.FromString(row)
-        orphaned = group.creator_actor_dead and not group.is_detached and group.creator_job_id == job_id
-        if orphaned and group.state != PlacementGroupTableData.REMOVED:
+        if (
+            group.is_detached
+            or group.creator_job_id != job_id
+            or group.state == PlacementGroupTableData.REMOVED
+        ):
+            continue
+        if group.creator_actor_dead or (any(group.creator_actor_id) and is_dead(group.creator_actor_id)):
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
             removed += 1
     return removed

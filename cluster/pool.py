@@ -164,8 +164,10 @@ class RayPool:
                     return await self._run_on(slot, unit, workspace, started)
                 except WorkerLost as error:
                     # Not of what the members died of: whoever watches them has counted that, and tried again.
-                    if slot.name in self._crew.slots or gangs.count_failure(directory) > gang.max_failures:
+                    if slot.name in self._crew.slots:
                         raise
+                    if (failures := gangs.count_failure(gang, directory)) > gang.max_failures:
+                        raise gangs.given_up(unit, f"{slot.name} died: {error.message}", failures) from error
                     _log.warning("%s begins anew: %s", unit.label, error)
                 finally:
                     making_room.cancel()

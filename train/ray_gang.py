@@ -28,7 +28,7 @@ from aidocks.storage.checkpoints import bring_checkpoints, has_begun, sharing_ch
 from aidocks.storage.units import run_shared
 from aidocks.telling import last_words
 from aidocks.threads import give_way
-from cluster.gang import hold_place, resources_of_a_member, say
+from cluster.gang import given_up, hold_place, resources_of_a_member, say
 from train.one_node import Place, choose_place, on_node
 
 if TYPE_CHECKING:
@@ -161,11 +161,14 @@ def _reason(error: TrainingFailedError, unit: GangUnit[Any], workspace: Path) ->
 
     Raises:
         EndedForGood: That was the end, or one failure too many.
+        AIDocksError: It was no failure of theirs.
     """
     from train.ray_watching import EndedForGood, count_or_end, in_a_line
 
     failure = getattr(error, "controller_failure", error)
     if isinstance(failure, EndedForGood):
+        raise failure
+    if isinstance(failure, AIDocksError):  # such as a full disk: the job is tried again as any other
         raise failure
     what = f"Its processes could not be joined ({in_a_line(failure)})."
     count_or_end(unit, workspace, what)
@@ -175,11 +178,7 @@ def _reason(error: TrainingFailedError, unit: GangUnit[Any], workspace: Path) ->
 def _lost(unit: GangUnit[Any], workspace: Path, end: EndedForGood) -> WorkerLost:
     """Say why the members are not begun anew, with the end of the log that may say more; the log goes with the job."""
     words = last_words(unit.directory(workspace) / f"log-{end.rank}.txt")
-    return WorkerLost(
-        f"{unit.label} was given up. {end.reason[:1000]}",
-        value=words or None,
-        hint="Its checkpoints are kept, if it came that far: the job can be resumed.",
-    )
+    return given_up(unit, end.reason, end.failures, words or None)
 
 
 def _trainer(unit: GangUnit[Any], workspace: Path, members: int, address: str | None) -> TorchTrainer:

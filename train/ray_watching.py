@@ -42,12 +42,14 @@ class EndedForGood(Exception):
     Args:
         reason: A sentence.
         rank: The member that may have said more in its log.
+        failures: How often the gang has failed in a row.
     """
 
-    def __init__(self, reason: str, rank: int = 0) -> None:
-        super().__init__(reason, rank)
+    def __init__(self, reason: str, rank: int = 0, failures: int = 1) -> None:
+        super().__init__(reason, rank, failures)
         self.reason = reason
         self.rank = rank
+        self.failures = failures
 
     def __str__(self) -> str:
         return self.reason
@@ -205,10 +207,9 @@ def count_or_end(unit: GangUnit[Any], workspace: Path, what: str, rank: int = 0)
     Raises:
         EndedForGood: It was one too many.
     """
-    failures = count_failure(unit.directory(workspace))
+    failures = count_failure(unit.gang, unit.directory(workspace))
     if failures > unit.gang.max_failures:
-        times = f" That was failure {failures} of the training." if failures > 1 else ""
-        raise EndedForGood(f"{what}{times}", rank)
+        raise EndedForGood(what, rank, failures)
 
 
 def _end_with(process: int) -> None:

@@ -139,7 +139,10 @@ class TrainSpec(PublishableSpec):
     logging_steps: int = Field(1, ge=1, le=10_000, description="Steps between points of the curves.")
     save_total_limit: int = Field(2, ge=1, le=100, description="Checkpoints that are kept.")
     max_failures: int = Field(
-        3, ge=0, le=100, description="How often it goes on from its last checkpoint after a worker was lost."
+        3,
+        ge=0,
+        le=100,
+        description="How often in a row it goes on from the same checkpoint after a worker was lost.",
     )
     resume_from_checkpoint: str | None = Field(
         None,

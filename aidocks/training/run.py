@@ -156,7 +156,7 @@ class Training(_Part):
         "more forward passes. None: as many as there are, each with its own.",
     )
     max_failures: int = Field(
-        3, ge=0, description="How often the training may begin anew from its checkpoint."
+        3, ge=0, description="How often in a row the training may begin anew from the same checkpoint."
     )
     resume: Path | None = Field(None, description="Checkpoint of an earlier job to begin from.")
     checkpoints: Path = Field(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aidocks.errors import InvalidSpec, WorkerLost
+from aidocks.errors import InsufficientDisk, InvalidSpec, WorkerLost
 from aidocks.plan import Gang, PlanContext
 from aidocks.telling import StoryReader
 from cluster import gang as gangs
@@ -172,15 +172,34 @@ def test_all_failures_count_together_whoever_saw_them(
 ) -> None:
     directory = unit.directory(tmp_path / "workspace")
     assert unit.gang.max_failures == 2
-    assert gangs.count_failure(directory) == 1, "the gang's actor died"
+    assert gangs.count_failure(unit.gang, directory) == 1, "the gang's actor died"
     fail({1: killed()})
     for _ in range(3):
         fail({0: killed(preempted=True), 1: ConnectionError("peer closed")})
     (directory / "log-1.txt").write_text("a line\nthe last words\n")
-    with pytest.raises(watching.EndedForGood, match=r"1: It was killed.*failure 3 of the training") as caught:
+    with pytest.raises(watching.EndedForGood, match=r"1: It was killed") as caught:
         fail({1: killed(), 0: ConnectionError("peer closed")})
     lost = ray_gang._lost(unit, tmp_path / "workspace", caught.value)
+    assert lost.message.endswith("That was failure 3 in a row.")
     assert lost.value == "a line\nthe last words", "of the member that was killed"
+
+
+def test_who_has_come_further_is_counted_anew(fail: Callable[..., None], unit: AddUp, tmp_path: Path) -> None:
+    for step in range(1, 5):
+        for _ in range(unit.gang.max_failures):
+            fail({1: killed()})
+        (tmp_path / "checkpoints" / f"checkpoint-{step:08d}").mkdir(parents=True)
+    fail({1: killed()})
+    assert gangs.count_failure(unit.gang, unit.directory(tmp_path / "workspace")) == 2
+
+
+def test_a_full_disk_is_no_failure_of_the_members(unit: AddUp, tmp_path: Path) -> None:
+    from ray.train import ControllerError
+
+    full = InsufficientDisk("The disk is full.")
+    with pytest.raises(InsufficientDisk):
+        ray_gang._reason(ControllerError(full), unit, tmp_path / "workspace")
+    assert not (unit.directory(tmp_path / "workspace") / "failures").exists()
 
 
 def test_members_that_cannot_be_started_are_a_failure(unit: AddUp, tmp_path: Path) -> None:
