@@ -9,24 +9,35 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
-from ray.train import UserCallback
+from ray.train import ScalingConfig, UserCallback
 from ray.train.v2._internal.exceptions import (
     RayTrainError,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
 )
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, _is_preempted_actor
 
 from aidocks.errors import InvalidSpec
 from aidocks.plan import GangUnit
 from aidocks.training.checkpoints import newest_checkpoint
-from cluster.gang import count_failure, describe_member, largest_size, require_room, say
+from cluster.gang import (
+    count_failure,
+    describe_member,
+    largest_size,
+    require_room,
+    resources_of_a_member,
+    say,
+)
 from cluster.room import Node, count
 from train.one_node import on_node
 
@@ -151,6 +162,8 @@ class RoomWatcher(WorkerGroupCallback):
         gang = self._unit.gang
         if self._members == gang.members or worker_group_status.errors:
             return
+        if self._resource is None:
+            self._missing.maybe_send_resource_request(*self._those_missing)
         newest = newest_checkpoint(gang.checkpoints)
         if newest == self._newest:
             return
@@ -163,7 +176,23 @@ class RoomWatcher(WorkerGroupCallback):
             return
         text = f"There is room for {members} of {self._unit.gang.members} workers: the training goes on with these."
         say(self._unit, text)
+        if "_missing" in vars(self):
+            self._missing.cancel_resource_request()
         raise Resized(members)
+
+    @cached_property
+    def _missing(self) -> TrainAutoscalingCoordinatorClient:
+        """Has an autoscaler, where there is one, bring nodes for members that do not run."""
+        return TrainAutoscalingCoordinatorClient(f"{self._workspace.name}-missing")
+
+    @property
+    def _those_missing(self) -> tuple[ScalingConfig, int]:
+        gang = self._unit.gang
+        missing = gang.members - self._members
+        each = ScalingConfig(
+            num_workers=missing, use_gpu=gang.gpus > 0, resources_per_worker=resources_of_a_member(gang)
+        )
+        return each, missing
 
     def _free(self) -> list[Node]:
         """Return what nobody uses of each node, by Ray's names of resources."""

@@ -85,6 +85,25 @@ def test_not_even_the_fewest_is_refused() -> None:
 
 
 @pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What an autoscaler is asked for: resources of a member, and how many of them; None: nothing any more."""
+    told: list[Any] = []
+
+    class Client:
+        def __init__(self, requester: str) -> None:
+            pass
+
+        def maybe_send_resource_request(self, each: Any, count: int) -> None:
+            told.append((each.resources_per_worker, count))
+
+        def cancel_resource_request(self) -> None:
+            told.append(None)
+
+    monkeypatch.setattr(watching, "TrainAutoscalingCoordinatorClient", Client)
+    return told
+
+
+@pytest.fixture
 def room(unit: AddUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Make a watcher of a gang of four, or two, or one, where some cores of a cluster are free."""
 
@@ -137,7 +156,9 @@ def test_where_there_is_no_room_for_one_all_wait(room: Callable[..., Any]) -> No
             wait_in_vain(watcher)
 
 
-def test_more_begin_when_a_checkpoint_was_written(room: Callable[..., Any], tmp_path: Path) -> None:
+def test_more_begin_when_a_checkpoint_was_written(
+    room: Callable[..., Any], asked: list[Any], tmp_path: Path
+) -> None:
     status = SimpleNamespace(errors={})
     watcher = room(2, of=8, free=1)
     with watcher.on_worker_group_start():
@@ -151,6 +172,7 @@ def test_more_begin_when_a_checkpoint_was_written(room: Callable[..., Any], tmp_
     with pytest.raises(watching.Resized) as caught:
         watcher.after_worker_group_poll_status(status)
     assert caught.value.members == 4
+    assert asked == [({"CPU": 1.0}, 2)] * 4 + [None]
 
 
 def test_a_death_is_told_and_no_reason_to_stop(
