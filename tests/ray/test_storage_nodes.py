@@ -96,6 +96,7 @@ def test_jobs_on_nodes_without_a_common_file_system(
     shared = tmp_path / "store" / "trees" / "checkpoints" / job.id
     until(lambda: [path.name for path in shared.glob("*")] == ["checkpoint-00000002"], "it to be shared")
     assert not job.checkpoints, "it is on the node of the gang alone"
+    until(lambda: len(job.events(EventType.METRICS)) == 3, "its steps to be heard")
     first.kill()
     (traces / "go").touch()
     start_node(tmp_path / "third")

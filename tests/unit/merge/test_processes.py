@@ -245,6 +245,8 @@ def test_they_end_with_the_process_that_began_them() -> None:
         parent.kill()
     for descriptor in descriptors:
         # Waits until the process has ended; the test's limit of time ends a test that waits in vain.
-        select.select([descriptor], [], [])
+        ended = select.poll()
+        ended.register(descriptor, select.POLLIN)
+        ended.poll()
         os.close(descriptor)
     assert all(is_gone(pid) for pid in pids)
