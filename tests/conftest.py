@@ -26,6 +26,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(autouse=True)
+def _applications_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close the stores of applications that a test made and never brought to their end; thousands of tests do."""
+    known = sys.modules.get("serve.context")
+    if known is None:
+        yield
+        return
+    opened: list[Any] = []
+    prepare = known.Context.__post_init__
+
+    def noted(context: Any) -> None:
+        prepare(context)
+        opened.append(context)
+
+    monkeypatch.setattr(known.Context, "__post_init__", noted)
+    yield
+    for context in opened:
+        context.close()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The directory of real small models and data sets; tests that need it skip without it."""
