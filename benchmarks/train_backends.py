@@ -147,6 +147,7 @@ def _ours(directory: Path, base: Path, rows: Rows, backend: str) -> Course:
     file.write_text(training.model_dump_json())
     run_process([sys.executable, "-m", "aidocks.training.process", file], workspace / "log.txt", _OFFLINE)
     outcome = read_outcome(workspace)
+    assert outcome.backend == backend, outcome.backend_reason
     points = [
         p for p in History.model_validate_json(training.history.read_bytes()).points if p.loss is not None
     ]
