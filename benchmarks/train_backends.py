@@ -23,13 +23,13 @@ from aidocks.training.run import AdapterSettings, History, LLMHyperparameters, L
 from benchmarks.comparison import Comparison, run_process
 from benchmarks.peers import NotAtHand, scratch_dir
 from benchmarks.small_model import smol_base
+from benchmarks.train_plain import MODULES, Plain, run_plain
 
 RUNS = 3
 #: The first steps build kernels, and are not counted.
 STEPS, UNCOUNTED = 12, 2
 MOST_OF_THE_SCRIPT = 1 / 0.97
 _LENGTH, _BATCH, _ACCUMULATED, _RATE, _SEED = 256, 4, 2, 1e-4, 0
-_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _TEXT = "the price of three apples and four pears is seven coins so each of the children pays one coin and"
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "UNSLOTH_DISABLE_STATISTICS": "1"}
 
@@ -124,7 +124,7 @@ def _ours(directory: Path, base: Path, rows: Rows, backend: str) -> Course:
         base_name=base.name,
         tokenizer=base,
         train=rows,
-        adapter=AdapterSettings(rank=16, alpha=32, target_modules=_MODULES),
+        adapter=AdapterSettings(rank=16, alpha=32, target_modules=MODULES),
         hyper=LLMHyperparameters(
             max_steps=STEPS,
             save_steps=STEPS,
@@ -160,25 +160,19 @@ def _ours(directory: Path, base: Path, rows: Rows, backend: str) -> Course:
 
 def _script(directory: Path, base: Path, rows: Rows) -> Course:
     directory.mkdir()
-    given = {
-        "base": str(base),
-        "rows": str(rows.path),
-        "precision": _precision(),
-        "target_modules": _MODULES,
-        "steps": STEPS,
-        "batch": _BATCH,
-        "accumulated": _ACCUMULATED,
-        "learning_rate": _RATE,
-        "max_length": _LENGTH,
-        "seed": _SEED,
-        "unsloth": True,
-    }
-    settings, told = directory / "settings.json", directory / "told.json"
-    settings.write_text(json.dumps(given))
-    run_process(
-        [sys.executable, "-m", "benchmarks.train_plain", settings, told], directory / "log.txt", _OFFLINE
+    plain = Plain(
+        base=str(base),
+        rows=str(rows.path),
+        precision=_precision(),
+        steps=STEPS,
+        batch=_BATCH,
+        accumulated=_ACCUMULATED,
+        learning_rate=_RATE,
+        max_length=_LENGTH,
+        seed=_SEED,
+        unsloth=True,
     )
-    said = json.loads(told.read_text())
+    said = run_plain(plain, directory, _OFFLINE)
     seconds = said["ended"][-1] - said["ended"][UNCOUNTED - 1]
     return Course(seconds, said["peak_bytes"] / 1e6, tuple(said["losses"]), said["device"])
 

@@ -11,13 +11,57 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison import run_process
+
+#: All linear modules of a layer.
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What the script trains: LoRA of rank 16 on the texts of a JSONL file.
+
+    Attributes:
+        precision: Of the frozen weights, ``bfloat16`` or ``float32``.
+        unsloth: Whether unsloth makes the model.
+    """
+
+    base: str
+    rows: str
+    precision: str
+    steps: int
+    batch: int
+    accumulated: int
+    learning_rate: float
+    max_length: int
+    seed: int
+    unsloth: bool = False
+
+
+def run_plain(plain: Plain, directory: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Run the script in a process of its own and return what it said: see :func:`main`.
+
+    Args:
+        plain: What it trains.
+        directory: For its settings, what it says, and its log.
+        environment: Added to this process's.
+    """
+    settings, told = directory / "plain.json", directory / "plain.told.json"
+    settings.write_text(json.dumps(asdict(plain)))
+    command = [sys.executable, "-m", "benchmarks.train_plain", settings, told]
+    run_process(command, directory / "plain.log", environment)
+    said: dict[str, Any] = json.loads(told.read_text())
+    return said
+
 
 def main() -> None:
-    given: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    if given.get("unsloth"):
+    given = Plain(**json.loads(Path(sys.argv[1]).read_text()))
+    if given.unsloth:
         import unsloth  # noqa: F401 - before everything that it changes
     import datasets
     import torch
@@ -41,38 +85,38 @@ def main() -> None:
             if logs and "loss" in logs:
                 ended.append(time.time())
 
-    lines = Path(given["rows"]).read_text(encoding="utf-8").splitlines()
+    lines = Path(given.rows).read_text(encoding="utf-8").splitlines()
     rows = datasets.Dataset.from_list([{"text": json.loads(line)["text"]} for line in lines])
-    set_seed(given["seed"])
-    model, adapter = _from_unsloth(given) if given.get("unsloth") else _from_transformers(given)
+    set_seed(given.seed)
+    model, adapter = _from_unsloth(given) if given.unsloth else _from_transformers(given)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = trl.SFTTrainer(
             model=model,
             args=trl.SFTConfig(
                 output_dir=scratch,
-                max_steps=given["steps"],
-                per_device_train_batch_size=given["batch"],
-                gradient_accumulation_steps=given["accumulated"],
-                learning_rate=given["learning_rate"],
+                max_steps=given.steps,
+                per_device_train_batch_size=given.batch,
+                gradient_accumulation_steps=given.accumulated,
+                learning_rate=given.learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.03,
-                max_length=given["max_length"],
-                bf16=given["precision"] == "bfloat16",
+                max_length=given.max_length,
+                bf16=given.precision == "bfloat16",
                 gradient_checkpointing=False,
                 logging_steps=1,
                 save_strategy="no",
                 report_to=[],
                 disable_tqdm=True,
                 use_cpu=not torch.cuda.is_available(),
-                seed=given["seed"],
+                seed=given.seed,
             ),
             train_dataset=rows,
-            processing_class=AutoTokenizer.from_pretrained(given["base"]),
+            processing_class=AutoTokenizer.from_pretrained(given.base),
             peft_config=adapter,
             callbacks=[Clock()],
         )
         lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-        sampler = GroupedByLength(lengths, given["batch"] * given["accumulated"], given["seed"])
+        sampler = GroupedByLength(lengths, given.batch * given.accumulated, given.seed)
         trainer._get_train_sampler = lambda dataset=None: sampler
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -88,27 +132,25 @@ def main() -> None:
     Path(sys.argv[2]).write_text(json.dumps(said))
 
 
-def _from_transformers(given: dict[str, Any]) -> tuple[Any, Any]:
+def _from_transformers(given: Plain) -> tuple[Any, Any]:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
 
     from train.token_log_probs import install
 
     install()
-    model = AutoModelForCausalLM.from_pretrained(given["base"], dtype=given["precision"])
-    return model, LoraConfig(
-        task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=given["target_modules"]
-    )
+    model = AutoModelForCausalLM.from_pretrained(given.base, dtype=given.precision)
+    return model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=list(MODULES))
 
 
-def _from_unsloth(given: dict[str, Any]) -> tuple[Any, None]:
+def _from_unsloth(given: Plain) -> tuple[Any, None]:
     import torch
     import unsloth
 
     model, _ = unsloth.FastLanguageModel.from_pretrained(
-        model_name=given["base"],
-        max_seq_length=given["max_length"],
-        dtype=getattr(torch, given["precision"]),
+        model_name=given.base,
+        max_seq_length=given.max_length,
+        dtype=getattr(torch, given.precision),
         load_in_4bit=False,
     )
     with_adapter = unsloth.FastLanguageModel.get_peft_model(
@@ -117,9 +159,9 @@ def _from_unsloth(given: dict[str, Any]) -> tuple[Any, None]:
         lora_alpha=32,
         lora_dropout=0,
         bias="none",
-        target_modules=given["target_modules"],
+        target_modules=list(MODULES),
         use_gradient_checkpointing=False,
-        random_state=given["seed"],
+        random_state=given.seed,
     )
     return with_adapter, None
 

@@ -6,17 +6,16 @@ uses. Ours has curves, checkpoints and TensorBoard, the script has nothing of th
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison import Comparison, run_process
+from benchmarks.comparison import Comparison
 from benchmarks.peers import data_dir, scratch_dir
 from benchmarks.small_model import smol_base
+from benchmarks.train_plain import Plain, run_plain
 from benchmarks.train_service import Course, service, train_there
 
 RUNS = 3
@@ -25,7 +24,6 @@ MUST_REACH = 1.05
 #: Seconds from the start of the unit to the loop, beyond what the script takes to come there.
 MOST_START_S = 20.0
 _LENGTH, _RATE, _BATCH, _ACCUMULATED, _SEED = 256, 1e-4, 4, 4, 0
-_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def run() -> list[Comparison]:
@@ -99,24 +97,18 @@ def _request(cores: int) -> dict[str, Any]:
 
 def _plain(course: Course, cores: int) -> dict[str, Any]:
     """Run the script; returns its loop's seconds and losses, and the seconds that it took to come there."""
-    given = {
-        "base": str(smol_base()),
-        "rows": str(_rows()),
-        "precision": course.result.precision,
-        "target_modules": _MODULES,
-        "steps": STEPS,
-        "batch": _BATCH,
-        "accumulated": _ACCUMULATED,
-        "learning_rate": _RATE,
-        "max_length": _LENGTH,
-        "seed": _SEED,
-    }
-    settings = scratch_dir() / "plain-trl.json"
-    settings.write_text(json.dumps(given))
+    plain = Plain(
+        base=str(smol_base()),
+        rows=str(_rows()),
+        precision=str(course.result.precision),
+        steps=STEPS,
+        batch=_BATCH,
+        accumulated=_ACCUMULATED,
+        learning_rate=_RATE,
+        max_length=_LENGTH,
+        seed=_SEED,
+    )
     environment = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    told = settings.with_suffix(".told.json")
-    command = [sys.executable, "-m", "benchmarks.train_plain", settings, told]
     begin = time.time()
-    run_process(command, settings.with_suffix(".log"), environment)
-    said: dict[str, Any] = json.loads(told.read_text())
+    said = run_plain(plain, scratch_dir(), environment)
     return said | {"start": said["begun"] - begin}

@@ -45,15 +45,19 @@ def require_room(gang: Gang, nodes: Iterable[Node]) -> None:
         InvalidSpec: Not even the fewest members would fit, if nothing else ran.
     """
     held = places(resources_of_a_member(gang), list(nodes))
-    least = gang.sizes[-1]
-    if sum(held) < least:
-        raise InvalidSpec(
+    if sum(held) < gang.sizes[-1]:
+        raise too_large(
+            gang,
             f"The cluster has room for {count(sum(held), 'worker')} of {describe_member(gang)} each, "
             f"on {count(len(held), 'node')}.",
-            field="min_workers" if gang.fewer else "workers",
-            value=least,
-            hint="Ask for fewer workers, or for less for each (resources), or add nodes.",
+            "Ask for fewer workers, or for less for each (resources), or add nodes.",
         )
+
+
+def too_large(gang: Gang, message: str, hint: str) -> InvalidSpec:
+    """Return the refusal of a gang of which not even the fewest members would fit, blamed on what says how many."""
+    field = "min_workers" if gang.fewer else "workers"
+    return InvalidSpec(message, field=field, value=gang.sizes[-1], hint=hint)
 
 
 def largest_size(gang: Gang, nodes: Iterable[Node], running: int = 0) -> int:

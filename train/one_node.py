@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aidocks.errors import InvalidSpec, WorkerLost
 from aidocks.plan import Gang, GangUnit
-from cluster.gang import describe_member, largest_size, say
+from cluster.gang import describe_member, largest_size, say, too_large
 from cluster.room import count
 
 #: How often it is looked for a node that is gone.
@@ -84,12 +84,11 @@ def choose(gang: Gang, nodes: Iterable[Mapping[str, Any]], here: str) -> Place:
     if any(sizes):
         node = ordered[sizes.index(max(sizes))]
         return Place(node["NodeID"], node["NodeManagerAddress"])
-    raise InvalidSpec(
+    raise too_large(
+        gang,
         f"No node has room for {count(gang.sizes[-1], 'worker')} of {describe_member(gang)} each, and the nodes of "
         "this installation share no file system.",
-        field="min_workers" if gang.fewer else "workers",
-        value=gang.sizes[-1],
-        hint="Ask for fewer workers, or for less for each (resources); or give the nodes a common data directory.",
+        "Ask for fewer workers, or for less for each (resources); or give the nodes a common data directory.",
     )
 
 

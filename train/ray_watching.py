@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +138,7 @@ class RoomWatcher(WorkerGroupCallback):
         self._waits_since: float | None = None
         self._lost_since: float | None = None
         self._newest: Path | None = None
+        self._missing = TrainAutoscalingCoordinatorClient(f"{workspace.name}-missing")
 
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:
@@ -162,7 +162,7 @@ class RoomWatcher(WorkerGroupCallback):
         gang = self._unit.gang
         if self._members == gang.members or worker_group_status.errors:
             return
-        if self._resource is None:
+        if self._asks_for_missing:
             self._missing.maybe_send_resource_request(*self._those_missing)
         newest = newest_checkpoint(gang.checkpoints)
         if newest == self._newest:
@@ -176,14 +176,14 @@ class RoomWatcher(WorkerGroupCallback):
             return
         text = f"There is room for {members} of {self._unit.gang.members} workers: the training goes on with these."
         say(self._unit, text)
-        if "_missing" in vars(self):
+        if self._asks_for_missing:
             self._missing.cancel_resource_request()
         raise Resized(members)
 
-    @cached_property
-    def _missing(self) -> TrainAutoscalingCoordinatorClient:
-        """Has an autoscaler, where there is one, bring nodes for members that do not run."""
-        return TrainAutoscalingCoordinatorClient(f"{self._workspace.name}-missing")
+    @property
+    def _asks_for_missing(self) -> bool:
+        """Whether an autoscaler, where there is one, is asked for nodes: not where all have to be on one."""
+        return self._members < self._unit.gang.members and self._resource is None
 
     @property
     def _those_missing(self) -> tuple[ScalingConfig, int]:

@@ -120,27 +120,32 @@ def test_what_stage_3_gathers_is_what_plain_ddp_writes(kind: str, trained: dict[
         torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a training sets of this process's environment is as it was afterwards."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_have_the_curve_of_one(
-    trained: dict[str, LLMTraining], tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+    trained: dict[str, LLMTraining], tmp_path: Path, stories260k: Path
 ) -> None:
     from train.loop import run
     from train.reporter import LocalReporter
 
-    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.setenv(name, "1" if name == "OMP_NUM_THREADS" else "0")
     alone = small_training(tmp_path / "alone", stories260k, max_steps=6, save_steps=6)
     run(alone, LocalReporter(alone))
     assert curve(alone) == pytest.approx(curve(trained["lora-ddp"]), rel=1e-3)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_fewer_go_on_with_the_same_steps(
-    trained: dict[str, LLMTraining], tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+    trained: dict[str, LLMTraining], tmp_path: Path, stories260k: Path
 ) -> None:
     from train.loop import run
     from train.reporter import LocalReporter
 
-    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.setenv(name, "1" if name == "OMP_NUM_THREADS" else "0")
     of_two = trained["lora-ddp"]
     alone = small_training(
         tmp_path / "alone",
